@@ -1,0 +1,1 @@
+"""Model families, one file each: config, module, published sizes. Single-device code; no data, mesh or training."""

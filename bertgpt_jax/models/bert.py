@@ -1,0 +1,122 @@
+"""BERT (Devlin et al. 2019): a post-norm encoder with a pooler, a tied masked-LM head and a next-sentence head.
+
+RoBERTa (Liu et al. 2019) is the same module without types and next sentence, with positions that start at 2.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import flax.linen as nn
+import jax.numpy as jnp
+from pydantic import Field
+
+from bertgpt_jax.models.flops import stack_flops
+from bertgpt_jax.nn.blocks import BlockConfig, ComputeConfig, layer_stack
+from bertgpt_jax.nn.layers import Einsum, Embedding, LayerNorm, activation, constrain, dropout, dropout_key
+from bertgpt_jax.nn.masks import AttentionMask
+from bertgpt_jax.shapes import Array, Hidden, Tokens
+
+
+class BertConfig(BlockConfig):
+    """A BERT. Defaults are BERT-base's (google-research/bert `modeling.py` BertConfig, layer_norm)."""
+
+    kind: Literal["bert"] = "bert"
+    vocab_size: int | None = Field(default=None, ge=1, description="rows of the token table; None: the tokenizer's size")
+    max_positions: int = Field(default=512, ge=1, description="sequence positions, the offset's rows not counted")
+    position_offset: int = Field(default=0, ge=0, description="2 for RoBERTa: fairseq numbers positions from pad id + 1")
+    type_vocab_size: int = Field(default=2, ge=0, description="0 leaves out token types")
+    next_sentence_head: bool = Field(default=True, description="pooler and next-sentence classifier")
+    num_layers: int = Field(default=12, ge=1)
+    hidden_size: int = Field(default=768, ge=1)
+    num_heads: int = Field(default=12, ge=1)
+    intermediate_size: int = Field(default=3072, ge=1)
+    norm_position: Literal["post", "pre"] = "post"
+    norm_eps: float = Field(default=1e-12, gt=0)
+    activation: Literal["gelu", "gelu_tanh", "relu"] = Field(
+        default="gelu", description="erf as released; google-research/bert computes gelu_tanh since 2019-02-07"
+    )
+    hidden_dropout: float = Field(default=0.1, ge=0, lt=1)
+    attention_dropout: float = Field(default=0.1, ge=0, lt=1)
+    initializer: Literal["normal", "truncated_normal"] = "truncated_normal"
+    initializer_range: float = Field(default=0.02, gt=0)
+    residual_initializer: Literal["same", "depth_scaled"] = "same"
+
+    def flops_per_token(self, sequence_length: int, *, scored: float = 1.0, causal: bool = False) -> float:
+        """Training FLOPs an input token.
+
+        Args:
+            scored: share of positions that reach the masked-LM head (predictions / sequence length).
+            causal: must be False; an encoder attends both ways, so both conventions agree.
+        """
+        head = 6.0 * (self.hidden_size**2 + self.hidden_size * (self.vocab_size or 0)) * scored
+        return stack_flops(self, sequence_length, causal=causal) + head
+
+
+SIZES = {
+    "tiny": dict(num_layers=2, hidden_size=128, num_heads=2, intermediate_size=512),
+    "base": dict(num_layers=12, hidden_size=768, num_heads=12, intermediate_size=3072),
+    "large": dict(num_layers=24, hidden_size=1024, num_heads=16, intermediate_size=4096),
+}
+"""Published sizes: base 110M and large 340M (paper section 3), tiny from Turc et al. 2019."""
+
+
+class Bert(nn.Module):
+    """Bidirectional encoder with its pretraining heads.
+
+    Attributes:
+        config: sizes, with `vocab_size` resolved.
+        compute: dtype, attention path, recomputation.
+    """
+
+    config: BertConfig
+    compute: ComputeConfig
+
+    def setup(self) -> None:
+        c = self.config
+        d, init, rows = c.hidden_size, c.weight_init(), c.max_positions + c.position_offset
+        self.token_embedding = Embedding(c.vocab_size, d, ("vocab", "embed"), init)
+        self.position_embedding = Embedding(rows, d, ("positions", "embed"), init)
+        if c.type_vocab_size:
+            self.type_embedding = Embedding(c.type_vocab_size, d, ("types", "embed"), init)
+        self.embedding_norm = LayerNorm(d, c.norm_eps)
+        self.layers = layer_stack(c, self.compute)
+        self.masked_transform = Einsum("BPD,DE->BPE", (d, d), ("embed", "act_embed"), init)
+        self.masked_norm = LayerNorm(d, c.norm_eps)
+        self.masked_bias = self.param(
+            "masked_bias", nn.with_logical_partitioning(nn.initializers.zeros, ("vocab",)), (c.vocab_size,), jnp.float32
+        )
+        if c.next_sentence_head:
+            self.pooler = Einsum("BD,DE->BE", (d, d), ("embed", "act_embed"), init)
+            self.next_sentence = Einsum("BD,DC->BC", (d, 2), ("embed", "classes"), init)
+
+    def encode(self, tokens_BT: Tokens, positions_BT: Tokens, types_BT: Tokens | None, mask: AttentionMask) -> Hidden:
+        """Final hidden states in the compute dtype; `positions_BT` count from 0, whatever the table's offset."""
+        c, dtype = self.config, jnp.dtype(self.compute.dtype)
+        x_BTD = self.token_embedding(tokens_BT, dtype)
+        x_BTD = x_BTD + self.position_embedding(positions_BT + c.position_offset, dtype)
+        if c.type_vocab_size:
+            types_BT = jnp.zeros_like(tokens_BT) if types_BT is None else types_BT
+            x_BTD = x_BTD + self.type_embedding(types_BT, dtype)
+        x_BTD = dropout(self.embedding_norm(x_BTD), c.hidden_dropout, dropout_key(self))
+        x_BTD, _ = self.layers(constrain(x_BTD, "batch", "length", "act_embed"), mask)
+        return x_BTD
+
+    def masked_logits(self, x_BTD: Hidden, mask_positions_BP: Array) -> Array:
+        """Vocabulary logits [B, P, V] of the given positions only: the head's cost is per prediction, not per token."""
+        x_BPD = jnp.take_along_axis(x_BTD, mask_positions_BP[..., None], axis=1)
+        x_BPD = activation(self.config.activation)(self.masked_transform(constrain(x_BPD, "batch", None, "act_embed")))
+        logits_BPV = self.token_embedding.attend(self.masked_norm(x_BPD))
+        return constrain(logits_BPV + self.masked_bias.astype(x_BPD.dtype), "batch", None, "act_vocab")
+
+    def next_sentence_logits(self, x_BTD: Hidden) -> Array:
+        """[B, 2]: is-next and is-random (BERT's label order), from the tanh-pooled first token."""
+        return self.next_sentence(jnp.tanh(self.pooler(x_BTD[:, 0])))
+
+    def __call__(
+        self, tokens_BT: Tokens, positions_BT: Tokens, types_BT: Tokens | None, mask: AttentionMask, mask_positions_BP: Array
+    ) -> tuple[Array, Array | None]:
+        """(masked-LM logits [B, P, V], next-sentence logits [B, 2] or None without that head), compute dtype."""
+        x_BTD = self.encode(tokens_BT, positions_BT, types_BT, mask)
+        next_BC = self.next_sentence_logits(x_BTD) if self.config.next_sentence_head else None
+        return self.masked_logits(x_BTD, mask_positions_BP), next_BC

@@ -1,0 +1,85 @@
+"""GPT-2 (Radford et al. 2019): a pre-norm decoder with learned positions and a tied output head without bias."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import flax.linen as nn
+import jax.numpy as jnp
+from pydantic import Field
+
+from bertgpt_jax.models.flops import stack_flops
+from bertgpt_jax.nn.blocks import BlockConfig, ComputeConfig, layer_stack
+from bertgpt_jax.nn.layers import Embedding, LayerNorm, constrain, dropout, dropout_key
+from bertgpt_jax.nn.masks import AttentionMask
+from bertgpt_jax.shapes import Hidden, Logits, Tokens
+
+
+class GptConfig(BlockConfig):
+    """A GPT. Defaults are GPT-2 small's (openai/gpt-2 `src/model.py`, `hparams.json`)."""
+
+    kind: Literal["gpt"] = "gpt"
+    vocab_size: int | None = Field(default=None, ge=1, description="rows of the token table; None: the tokenizer's size")
+    max_positions: int = Field(default=1024, ge=1)
+    num_layers: int = Field(default=12, ge=1)
+    hidden_size: int = Field(default=768, ge=1)
+    num_heads: int = Field(default=12, ge=1)
+    intermediate_size: int = Field(default=3072, ge=1)
+    norm_position: Literal["post", "pre"] = "pre"
+    norm_eps: float = Field(default=1e-5, gt=0)
+    activation: Literal["gelu", "gelu_tanh", "relu"] = "gelu_tanh"
+    hidden_dropout: float = Field(default=0.1, ge=0, lt=1)
+    attention_dropout: float = Field(default=0.1, ge=0, lt=1)
+    initializer: Literal["normal", "truncated_normal"] = "normal"
+    initializer_range: float = Field(default=0.02, gt=0)
+    position_initializer_range: float = Field(default=0.01, gt=0, description="openai/gpt-2 src/model.py: wpe")
+    residual_initializer: Literal["same", "depth_scaled"] = Field(
+        default="depth_scaled", description="paper section 2.3; N counts both residual layers of a block (Megatron)"
+    )
+
+    def flops_per_token(self, sequence_length: int, *, causal: bool = True) -> float:
+        """Training FLOPs a token, head included; see `stack_flops` for `causal`."""
+        head = 6.0 * self.hidden_size * (self.vocab_size or 0)
+        return stack_flops(self, sequence_length, causal=causal) + head
+
+
+SIZES = {
+    "gpt2": dict(num_layers=12, hidden_size=768, num_heads=12, intermediate_size=3072),
+    "gpt2_medium": dict(num_layers=24, hidden_size=1024, num_heads=16, intermediate_size=4096),
+    "gpt2_large": dict(num_layers=36, hidden_size=1280, num_heads=20, intermediate_size=5120),
+    "gpt2_xl": dict(num_layers=48, hidden_size=1600, num_heads=25, intermediate_size=6400),
+}
+"""The released sizes: 124M, 355M, 774M and 1,558M parameters (paper table 2; the first is called 117M there)."""
+
+
+class Gpt(nn.Module):
+    """Decoder-only language model.
+
+    Attributes:
+        config: sizes, with `vocab_size` resolved.
+        compute: dtype, attention path, recomputation.
+    """
+
+    config: GptConfig
+    compute: ComputeConfig
+
+    def setup(self) -> None:
+        c = self.config
+        init, position_init = c.weight_init(), nn.initializers.normal(c.position_initializer_range)
+        self.token_embedding = Embedding(c.vocab_size, c.hidden_size, ("vocab", "embed"), init)
+        self.position_embedding = Embedding(c.max_positions, c.hidden_size, ("positions", "embed"), position_init)
+        self.layers = layer_stack(c, self.compute)
+        self.final_norm = LayerNorm(c.hidden_size, c.norm_eps)
+
+    def encode(self, tokens_BT: Tokens, positions_BT: Tokens, mask: AttentionMask) -> Hidden:
+        """Final hidden states, after the last norm, in the compute dtype."""
+        dtype = jnp.dtype(self.compute.dtype)
+        x_BTD = self.token_embedding(tokens_BT, dtype) + self.position_embedding(positions_BT, dtype)
+        x_BTD = dropout(x_BTD, self.config.hidden_dropout, dropout_key(self))
+        x_BTD, _ = self.layers(constrain(x_BTD, "batch", "length", "act_embed"), mask)
+        return self.final_norm(x_BTD)
+
+    def __call__(self, tokens_BT: Tokens, positions_BT: Tokens, mask: AttentionMask) -> Logits:
+        """Next-token logits in the compute dtype."""
+        logits_BTV = self.token_embedding.attend(self.encode(tokens_BT, positions_BT, mask))
+        return constrain(logits_BTV, "batch", "length", "act_vocab")

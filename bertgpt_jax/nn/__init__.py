@@ -1,0 +1,1 @@
+"""Building blocks of the models: layers, masks, attention, blocks, losses. Single-device code, no data, no mesh."""

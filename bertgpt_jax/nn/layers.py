@@ -1,0 +1,143 @@
+"""Parameterised primitives: one einsum, one embedding table, one norm; and the pure functions around them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from bertgpt_jax.shapes import Array
+
+Initializer = Callable[..., Array]
+
+
+def constrain(x: Array, *axes: str | None) -> Array:
+    """Names the logical axes of an activation; `parallel` decides what that means on a mesh (nothing without one)."""
+    return nn.with_logical_constraint(x, axes)
+
+
+class Einsum(nn.Module):
+    """`einsum(equation, x, kernel) + bias`, with the kernel's true shape, logical axes and init in one place.
+
+    Flax's Dense flattens multi-dimensional kernels at init, which breaks logical partitioning (flax issue 3676).
+
+    Attributes:
+        equation: e.g. `BTD,DNH->BTNH`; the second operand is the kernel.
+        shape: of the kernel.
+        axes: logical name of each kernel dimension.
+        init: kernel initializer.
+        use_bias: adds a zero-initialised bias over the kernel's dimensions that reach the output.
+    """
+
+    equation: str
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    init: Initializer
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        kernel = self.param("kernel", nn.with_logical_partitioning(self.init, self.axes), self.shape, jnp.float32)
+        y = jnp.einsum(self.equation, x, kernel.astype(x.dtype))
+        if self.use_bias:
+            letters = self.equation.replace("->", ",").split(",")
+            kept = [i for i, letter in enumerate(letters[1]) if letter in letters[2]]
+            shape, axes = tuple(self.shape[i] for i in kept), tuple(self.axes[i] for i in kept)
+            bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, axes), shape, jnp.float32)
+            y = y + bias.astype(x.dtype)
+        return y
+
+
+class Embedding(nn.Module):
+    """A table of vectors, looked up by id or used as the output projection of a tied head.
+
+    Attributes:
+        rows, width: shape of the table.
+        axes: logical names of (rows, width).
+        init: table initializer.
+    """
+
+    rows: int
+    width: int
+    axes: tuple[str, str]
+    init: Initializer
+
+    def setup(self) -> None:
+        init = nn.with_logical_partitioning(self.init, self.axes)
+        self.table = self.param("table", init, (self.rows, self.width), jnp.float32)
+
+    def __call__(self, ids: Array, dtype: jnp.dtype) -> Array:
+        """Rows `ids` [...] as [..., width]."""
+        # Gathered whole before the lookup: a lookup in a table sharded both ways makes XLA rematerialise it.
+        return constrain(self.table.astype(dtype), None, None)[ids]
+
+    def attend(self, x: Array) -> Array:
+        """Dot products of x [..., width] with every row: [..., rows]."""
+        return jnp.einsum("...D,VD->...V", x, self.table.astype(x.dtype))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def layer_norm(x: Array, scale: Array, bias: Array, eps: float) -> Array:
+    """Layer normalisation over the last axis (Ba et al. 2016), statistics in fp32, result in x's dtype.
+
+    Its own gradient keeps x and two fp32 numbers a row instead of autodiff's several fp32 copies of x.
+    """
+    return _layer_norm_forward(x, scale, bias, eps)[0]
+
+
+def _layer_norm_forward(x: Array, scale: Array, bias: Array, eps: float) -> tuple[Array, tuple]:
+    x32 = x.astype(jnp.float32)
+    mean = jnp.mean(x32, -1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32 - mean), -1, keepdims=True) + eps)
+    y = (x32 - mean) * inverse * scale + bias
+    return y.astype(x.dtype), (x, scale, mean, inverse)
+
+
+def _layer_norm_backward(eps: float, saved: tuple, dy: Array) -> tuple[Array, Array, Array]:
+    x, scale, mean, inverse = saved
+    dy32 = dy.astype(jnp.float32)
+    normal = (x.astype(jnp.float32) - mean) * inverse
+    leading = tuple(range(dy.ndim - 1))
+    dscale, dbias = jnp.sum(dy32 * normal, leading), jnp.sum(dy32, leading)
+    dn = dy32 * scale
+    dx = inverse * (dn - jnp.mean(dn, -1, keepdims=True) - normal * jnp.mean(dn * normal, -1, keepdims=True))
+    return dx.astype(x.dtype), dscale, dbias
+
+
+layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+
+
+class LayerNorm(nn.Module):
+    """`layer_norm` with its parameters: scale starts at 1, bias at 0."""
+
+    width: int
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        init = nn.initializers
+        scale = self.param("scale", nn.with_logical_partitioning(init.ones, ("norm",)), (self.width,), jnp.float32)
+        bias = self.param("bias", nn.with_logical_partitioning(init.zeros, ("norm",)), (self.width,), jnp.float32)
+        return layer_norm(x, scale, bias, self.eps)
+
+
+def dropout(x: Array, rate: float, key: Array | None) -> Array:
+    """Zeroes each element with probability `rate` and scales the rest by 1/(1-rate); identity without a key."""
+    if key is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
+
+
+def dropout_key(module: nn.Module) -> Array | None:
+    """A fresh key of the `dropout` stream, or None: a model drops exactly when it is applied with that stream."""
+    return module.make_rng("dropout") if module.has_rng("dropout") else None
+
+
+def activation(name: str) -> Callable[[Array], Array]:
+    """`gelu` (erf, Hendrycks & Gimpel 2016), `gelu_tanh` (its approximation: GPT-2, BERT since 2019-02) or `relu`."""
+    table = {"gelu": partial(jax.nn.gelu, approximate=False), "gelu_tanh": jax.nn.gelu, "relu": jax.nn.relu}
+    return table[name]

@@ -1,0 +1,65 @@
+"""What a query may attend to, said as a description; only the reference attention turns it into an array."""
+
+from __future__ import annotations
+
+import flax.struct
+import jax.numpy as jnp
+
+from bertgpt_jax.shapes import Array
+
+
+@flax.struct.dataclass
+class AttentionMask:
+    """A conjunction: every part that is given must allow the pair (query t, key s).
+
+    Attributes:
+        causal: s's position is not after t's.
+        window: t's position minus s's is below this (and above its negative, unless causal).
+        prefix_B: keys at positions below this are visible even to earlier queries (prefix LM).
+        q_segments_BT, kv_segments_BS: equal ids attend to each other; padding is id 0, and so attends to padding.
+        q_positions_BT, kv_positions_BS: what `causal`, `window` and `prefix_B` compare; array indices when absent.
+        allowed_BNTS: any explicit boolean array broadcastable to [B, N, T, S] (permutation language models).
+    """
+
+    q_segments_BT: Array | None = None
+    kv_segments_BS: Array | None = None
+    q_positions_BT: Array | None = None
+    kv_positions_BS: Array | None = None
+    prefix_B: Array | None = None
+    allowed_BNTS: Array | None = None
+    causal: bool = flax.struct.field(pytree_node=False, default=False)
+    window: int | None = flax.struct.field(pytree_node=False, default=None)
+
+    def to_array(self, q_length: int, kv_length: int) -> Array | None:
+        """bool, broadcastable to [B, N, T, S]: True where attention is allowed; None when everything is."""
+        q = jnp.arange(q_length)[None] if self.q_positions_BT is None else self.q_positions_BT
+        kv = jnp.arange(kv_length)[None] if self.kv_positions_BS is None else self.kv_positions_BS
+        distance = q[:, None, :, None] - kv[:, None, None, :]
+        parts = []
+        if self.causal:
+            visible = distance >= 0
+            if self.prefix_B is not None:
+                visible = visible | (kv[:, None, None, :] < self.prefix_B[:, None, None, None])
+            parts.append(visible)
+        if self.window is not None:
+            parts.append(abs(distance) < self.window)
+        if self.q_segments_BT is not None and self.kv_segments_BS is not None:
+            parts.append(self.q_segments_BT[:, None, :, None] == self.kv_segments_BS[:, None, None, :])
+        if self.allowed_BNTS is not None:
+            parts.append(self.allowed_BNTS)
+        if not parts:
+            return None
+        allowed = parts[0]
+        for part in parts[1:]:
+            allowed = allowed & part
+        return allowed
+
+
+def causal_mask() -> AttentionMask:
+    """Each position sees itself and what precedes it in the row, document boundaries ignored (GPT-2, GPT-3)."""
+    return AttentionMask(causal=True)
+
+
+def segment_mask(segments_BT: Array) -> AttentionMask:
+    """Bidirectional attention inside each segment id; id 0 is padding."""
+    return AttentionMask(q_segments_BT=segments_BT, kv_segments_BS=segments_BT)

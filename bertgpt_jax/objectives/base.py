@@ -1,0 +1,62 @@
+"""What an objective is: named loss parts, each a sum with a weight, so that microbatches and hosts add up exactly."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import jax.numpy as jnp
+
+from bertgpt_jax.shapes import Array, Params
+
+Batch = dict[str, Array]
+"""Arrays of one batch by name; see the objective for which."""
+
+
+class Sums(NamedTuple):
+    """Result of a loss on some rows.
+
+    Attributes:
+        parts: part name -> sum over the rows of its weighted losses, fp32 [].
+        metrics: metric name -> (sum over the rows, name of the part whose weight divides it).
+        carry: recurrent state for the next batch, `()` when unused.
+    """
+
+    parts: dict[str, Array]
+    metrics: dict[str, tuple[Array, str]]
+    carry: Any = ()
+
+
+class Objective(Protocol):
+    """Device half of an objective; the config classes of `objectives/` implement it."""
+
+    def coefficients(self) -> dict[str, float]:
+        """Part name -> its coefficient in the total loss."""
+
+    def weights(self, batch: Batch) -> dict[str, Array]:
+        """Part name -> total weight of `batch`, known before any microbatch is differentiated."""
+
+    def loss(self, model: Any, params: Params, batch: Batch, carry: Any, key: Array | None) -> Sums:
+        """Sums over the rows of `batch`; dropout is on when `key` is given."""
+
+
+def total_loss(objective: Objective, sums: dict[str, Array], weights: dict[str, Array]) -> Array:
+    """sum over parts of coefficient x sum / weight; a part of weight 0 contributes 0."""
+    total = jnp.zeros((), jnp.float32)
+    for name, coefficient in objective.coefficients().items():
+        weight = weights[name]
+        total += coefficient * sums[name] / jnp.where(weight > 0, weight, 1.0)
+    return total
+
+
+def rngs(key: Array | None) -> dict[str, Array]:
+    """The dropout stream of `Module.apply`, empty for evaluation."""
+    return {} if key is None else {"dropout": key}
+
+
+def is_best(logits: Array, labels: Array) -> Array:
+    """fp32 [...]: 1 where the label's logit is the largest (ties count).
+
+    A comparison with the maximum that the cross-entropy needs anyway; an argmax costs another pass over the logits.
+    """
+    label_logit = jnp.sum(jnp.where(jnp.arange(logits.shape[-1]) == labels[..., None], logits, 0), -1)
+    return (label_logit >= jnp.max(logits, -1)).astype(jnp.float32)

@@ -1,0 +1,49 @@
+"""Next-token prediction over fixed windows (Radford et al. 2018, eq. 1)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+from bertgpt_jax.batches.windows import Windows
+from bertgpt_jax.config import Config
+from bertgpt_jax.nn.losses import cross_entropy
+from bertgpt_jax.nn.masks import causal_mask
+from bertgpt_jax.objectives.base import Batch, Sums, is_best, rngs
+from bertgpt_jax.shapes import Array, Params
+
+
+class CausalLM(Config):
+    """Batch: `tokens`, `positions`, `targets` int32 [B, T], `weights` fp32 [B, T]."""
+
+    kind: Literal["causal_lm"] = "causal_lm"
+    examples: Windows = Windows()
+    masking: None = None
+
+    def coefficients(self) -> dict[str, float]:
+        """One part, `lm`."""
+        return {"lm": 1.0}
+
+    def weights(self, batch: Batch) -> dict[str, Array]:
+        """Predicted tokens."""
+        return {"lm": jnp.sum(batch["weights"])}
+
+    def scored_share(self, sequence_length: int) -> float:
+        """Share of positions that reach the vocabulary head."""
+        return 1.0
+
+    def model_inputs(self, batch: Batch) -> tuple:
+        """Positional arguments of the model's `__call__`."""
+        return batch["tokens"], batch["positions"], causal_mask()
+
+    def loss(self, model: Any, params: Params, batch: Batch, carry: Any, key: Array | None) -> Sums:
+        """Summed cross-entropy and next-token accuracy."""
+        logits_BTV = model.apply({"params": params}, *self.model_inputs(batch), rngs=rngs(key))
+        losses_BT = cross_entropy(logits_BTV, batch["targets"])
+        right_BT = is_best(logits_BTV, batch["targets"])
+        return Sums(
+            {"lm": jnp.sum(losses_BT * batch["weights"])},
+            {"accuracy": (jnp.sum(right_BT * batch["weights"]), "lm")},
+            carry,
+        )

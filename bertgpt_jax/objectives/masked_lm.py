@@ -1,0 +1,59 @@
+"""Masked language modelling without sentence pairs (Liu et al. 2019, FULL-SENTENCES)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from pydantic import Field
+
+from bertgpt_jax.batches.masking import Masking
+from bertgpt_jax.batches.windows import FullDocuments
+from bertgpt_jax.config import Config
+from bertgpt_jax.nn.losses import cross_entropy
+from bertgpt_jax.nn.masks import segment_mask
+from bertgpt_jax.objectives.base import Batch, Sums, is_best, rngs
+from bertgpt_jax.shapes import Array, Params
+
+
+class MaskedLM(Config):
+    """Batch: `tokens`, `positions`, `segments` int32 [B, T]; `mask_positions`, `mask_labels` int32 and `mask_weights` fp32 [B, P]."""
+
+    kind: Literal["masked_lm"] = "masked_lm"
+    examples: FullDocuments = FullDocuments()
+    masking: Masking = Masking()
+    coefficient: float = Field(default=1.0, gt=0)
+
+    def coefficients(self) -> dict[str, float]:
+        """One part, `mlm`."""
+        return {"mlm": self.coefficient}
+
+    def weights(self, batch: Batch) -> dict[str, Array]:
+        """Masked positions."""
+        return {"mlm": jnp.sum(batch["mask_weights"])}
+
+    def scored_share(self, sequence_length: int) -> float:
+        """Share of positions that reach the vocabulary head."""
+        return self.masking.predictions(sequence_length) / sequence_length
+
+    def model_inputs(self, batch: Batch) -> tuple:
+        """Positional arguments of the model's `__call__`."""
+        return masked_inputs(batch)
+
+    def loss(self, model: Any, params: Params, batch: Batch, carry: Any, key: Array | None) -> Sums:
+        """Summed cross-entropy and accuracy over the masked positions."""
+        logits_BPV, _ = model.apply({"params": params}, *self.model_inputs(batch), rngs=rngs(key))
+        loss, right = masked_sums(logits_BPV, batch)
+        return Sums({"mlm": loss}, {"mlm_accuracy": (right, "mlm")}, carry)
+
+
+def masked_inputs(batch: Batch) -> tuple:
+    """`Bert.__call__` arguments of a masked batch; `types` may be absent."""
+    mask = segment_mask(batch["segments"])
+    return batch["tokens"], batch["positions"], batch.get("types"), mask, batch["mask_positions"]
+
+
+def masked_sums(logits_BPV: Array, batch: Batch) -> tuple[Array, Array]:
+    """(summed cross-entropy, number predicted right), both weighted by `mask_weights`."""
+    labels, weights = batch["mask_labels"], batch["mask_weights"]
+    return jnp.sum(cross_entropy(logits_BPV, labels) * weights), jnp.sum(is_best(logits_BPV, labels) * weights)

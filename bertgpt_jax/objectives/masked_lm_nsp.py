@@ -1,0 +1,55 @@
+"""BERT's objective (Devlin et al. 2019, section 3.1): masked tokens plus whether sentence B follows A."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from pydantic import Field
+
+from bertgpt_jax.batches.masking import Masking
+from bertgpt_jax.batches.pairs import SentencePairs
+from bertgpt_jax.config import Config
+from bertgpt_jax.nn.losses import cross_entropy
+from bertgpt_jax.objectives.base import Batch, Sums, is_best, rngs
+from bertgpt_jax.objectives.masked_lm import masked_inputs, masked_sums
+from bertgpt_jax.shapes import Array, Params
+
+
+class MaskedLMNSP(Config):
+    """Batch: that of `MaskedLM` plus `types` int32 [B, T], `next_labels` int32 [B] (1 = random), `next_weights` fp32 [B].
+
+    The masked loss is divided by the masked positions of the whole batch. (The original on TPU averages per-core means.)
+    """
+
+    kind: Literal["masked_lm_nsp"] = "masked_lm_nsp"
+    examples: SentencePairs = SentencePairs()
+    masking: Masking = Masking()
+    masked_coefficient: float = Field(default=1.0, gt=0)
+    next_coefficient: float = Field(default=1.0, gt=0)
+
+    def coefficients(self) -> dict[str, float]:
+        """Parts `mlm` and `nsp`; the paper adds them."""
+        return {"mlm": self.masked_coefficient, "nsp": self.next_coefficient}
+
+    def weights(self, batch: Batch) -> dict[str, Array]:
+        """Masked positions and pairs."""
+        return {"mlm": jnp.sum(batch["mask_weights"]), "nsp": jnp.sum(batch["next_weights"])}
+
+    def scored_share(self, sequence_length: int) -> float:
+        """Share of positions that reach the vocabulary head."""
+        return self.masking.predictions(sequence_length) / sequence_length
+
+    def model_inputs(self, batch: Batch) -> tuple:
+        """Positional arguments of the model's `__call__`."""
+        return masked_inputs(batch)
+
+    def loss(self, model: Any, params: Params, batch: Batch, carry: Any, key: Array | None) -> Sums:
+        """Summed cross-entropies and accuracies of both parts."""
+        logits_BPV, logits_BC = model.apply({"params": params}, *self.model_inputs(batch), rngs=rngs(key))
+        loss, right = masked_sums(logits_BPV, batch)
+        labels, weights = batch["next_labels"], batch["next_weights"]
+        next_loss = jnp.sum(cross_entropy(logits_BC, labels) * weights)
+        next_right = jnp.sum(is_best(logits_BC, labels) * weights)
+        metrics = {"mlm_accuracy": (right, "mlm"), "nsp_accuracy": (next_right, "nsp")}
+        return Sums({"mlm": loss, "nsp": next_loss}, metrics, carry)

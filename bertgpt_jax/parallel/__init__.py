@@ -1,0 +1,1 @@
+"""The mesh and what lies where on it; the only folder that names mesh axes."""

@@ -1,0 +1,78 @@
+"""Starting a run on several processes (`jax.distributed`) and agreeing on what it is."""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+
+import jax
+import numpy as np
+from pydantic import Field
+
+from bertgpt_jax.config import Config
+from bertgpt_jax.errors import ConfigError, PeerError
+
+
+class DistributedConfig(Config):
+    """How processes find each other; all None for a single process.
+
+    `auto` reads the cluster's own environment (TPU pods, SLURM, OpenMPI, GKE).
+    """
+
+    auto: bool = False
+    coordinator: str | None = Field(default=None, description="host:port of process 0")
+    num_processes: int | None = Field(default=None, ge=1)
+    process_id: int | None = Field(default=None, ge=0)
+    initialization_timeout: int = Field(default=300, ge=1, description="seconds")
+    heartbeat_timeout: int = Field(default=100, ge=5, description="seconds until a dead peer ends the job")
+
+
+def initialize(config: DistributedConfig) -> None:
+    """Joins the other processes, if there are any. Must precede any use of devices.
+
+    Raises:
+        ConfigError: incomplete or contradictory settings, an address that does not resolve.
+    """
+    given = [config.coordinator, config.num_processes, config.process_id]
+    if config.auto:
+        jax.distributed.initialize(initialization_timeout=config.initialization_timeout)
+        return
+    if all(value is None for value in given):
+        return
+    if any(value is None for value in given):
+        raise ConfigError(
+            f"coordinator={config.coordinator}, num_processes={config.num_processes}, process_id={config.process_id}: "
+            "give all three, or none for a single process"
+        )
+    if config.process_id >= config.num_processes:
+        raise ConfigError(f"process_id {config.process_id} must be below num_processes {config.num_processes}")
+    host, _, port = config.coordinator.rpartition(":")
+    try:
+        socket.getaddrinfo(host, int(port))
+    except (OSError, ValueError):
+        raise ConfigError(f"coordinator '{config.coordinator}' is not a reachable host:port") from None
+    jax.distributed.initialize(
+        config.coordinator,
+        config.num_processes,
+        config.process_id,
+        initialization_timeout=config.initialization_timeout,
+        heartbeat_timeout_seconds=config.heartbeat_timeout,
+    )
+
+
+def agree(facts: dict[str, str]) -> None:
+    """Stops unless every process brings the same value of every fact (config, data, tokenizer, code).
+
+    Raises:
+        PeerError: naming the first process and fact that differ from process 0's.
+    """
+    if jax.process_count() == 1:
+        return
+    from jax.experimental import multihost_utils
+
+    digests = np.stack([np.frombuffer(hashlib.sha256(v.encode()).digest()[:8], np.uint32) for v in facts.values()])
+    everyone = np.asarray(multihost_utils.process_allgather(digests))
+    for process, theirs in enumerate(everyone):
+        for fact, mine, other in zip(facts, everyone[0], theirs, strict=True):
+            if not np.array_equal(mine, other):
+                raise PeerError(f"process {process} has another {fact} than process 0; start all with the same")

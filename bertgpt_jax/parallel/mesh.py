@@ -1,0 +1,78 @@
+"""The device mesh: five axes, always all present, size 1 when unused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+from pydantic import Field
+
+from bertgpt_jax.config import Config
+from bertgpt_jax.errors import ConfigError
+
+AXES = ("data", "fsdp", "pipe", "context", "tensor")
+"""Mesh axes, outermost (slowest links) first: replicas, sharded parameters, pipeline, sequence, heads and width."""
+
+
+class MeshConfig(Config):
+    """Sizes of the mesh axes; at most one may be -1, "whatever is left"."""
+
+    data: int = Field(default=-1, ge=-1)
+    fsdp: int = Field(default=1, ge=-1)
+    pipe: int = Field(default=1, ge=-1)
+    context: int = Field(default=1, ge=-1)
+    tensor: int = Field(default=1, ge=-1)
+
+    def resolve(self, devices: int) -> dict[str, int]:
+        """Axis name -> size, product equal to `devices`.
+
+        Raises:
+            ConfigError: two -1, a 0, a product that is not the device count (with the shapes that would fit), or an
+                axis that is not available yet.
+        """
+        sizes = {axis: getattr(self, axis) for axis in AXES}
+        if 0 in sizes.values() or list(sizes.values()).count(-1) > 1:
+            raise ConfigError(f"mesh {self.describe()}: sizes are positive, and one of them may be -1")
+        for axis, why in (("pipe", "pipeline stages"), ("context", "a sharded sequence")):
+            if sizes[axis] not in (1, -1):
+                raise ConfigError(f"mesh.{axis} = {sizes[axis]}: {why} are not available yet; set mesh.{axis}=1")
+        fixed = math.prod(size for size in sizes.values() if size != -1)
+        if -1 in sizes.values() and devices % fixed == 0:
+            sizes[next(axis for axis, size in sizes.items() if size == -1)] = devices // fixed
+        if math.prod(sizes.values()) != devices or -1 in sizes.values():
+            raise ConfigError(
+                f"mesh {self.describe()} does not multiply to {devices} devices; "
+                f"(data, fsdp, tensor) may be one of {_factorizations(devices)}"
+            )
+        return sizes
+
+    def describe(self) -> str:
+        """`data=2,fsdp=4`: the axes that are not 1."""
+        return ",".join(f"{axis}={getattr(self, axis)}" for axis in AXES if getattr(self, axis) != 1) or "data=1"
+
+
+def _factorizations(devices: int, limit: int = 12) -> str:
+    shapes = [
+        (data, fsdp, devices // data // fsdp)
+        for data in range(1, devices + 1)
+        if devices % data == 0
+        for fsdp in range(1, devices // data + 1)
+        if devices // data % fsdp == 0
+    ]
+    shown = ", ".join(f"({a},{b},{c})" for a, b, c in shapes[:limit])
+    return shown + (", ..." if len(shapes) > limit else "")
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over all devices, in the order that suits their links, with automatic (GSPMD) axes."""
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = config.resolve(len(devices))
+    shape = tuple(sizes[axis] for axis in AXES)
+    if devices[0].platform == "cpu":
+        array = np.array(devices).reshape(shape)
+    else:
+        array = jax.experimental.mesh_utils.create_device_mesh(shape, devices)
+    return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))

@@ -1,0 +1,4 @@
+"""From text to a tokenised corpus: sources, cleaning, sentences, tokenizers, the builder and the reader.
+
+Nothing here imports jax, flax or grain: the workers that tokenise are processes of their own.
+"""

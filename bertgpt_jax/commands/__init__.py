@@ -1,1 +1,1 @@
-"""The commands: each module has `main(argv) -> exit code`, imports jax only when it runs, and is called by tools/ and cli."""
+"""The commands: each module has `main(argv) -> exit code` and imports jax only when it runs."""

@@ -1,4 +1,4 @@
-"""What all commands share: the parser, errors turned into exit codes, and the choice of platform before jax is imported."""
+"""What all commands share: the parser, exit codes of errors, and the platform chosen before jax is imported."""
 
 from __future__ import annotations
 
@@ -82,9 +82,9 @@ def run_command(
         return _report(error, StorageError.exit_code, debug)
     except Exception:
         traceback.print_exc()
+        doctor = "bertgpt doctor" if parser.prog.startswith("bertgpt ") else "tools/doctor.py"
         print(
-            "error: this is a bug in bertgpt_jax; please report it with the lines above, the command "
-            f"and the output of '{parser.prog.replace(parser.prog.split()[-1], 'doctor')}'",
+            f"error: this is a bug in bertgpt_jax; please report the above, your command and what {doctor} prints",
             file=sys.stderr,
         )
         return INTERNAL_ERROR

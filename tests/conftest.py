@@ -1,0 +1,66 @@
+"""What every test process gets: eight CPU devices, a shared compilation cache, slow tests on demand, the real data."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+DEVICES = 8
+
+
+def _compilation_cache() -> str | None:
+    """A directory private to this user (it holds programs that jax runs), or None if its owner is someone else."""
+    user = os.getuid() if hasattr(os, "getuid") else "user"
+    cache = Path(tempfile.gettempdir()) / f"bertgpt_jax-tests-{user}"
+    cache.mkdir(mode=0o700, exist_ok=True)
+    if hasattr(os, "getuid") and (cache.stat().st_uid != os.getuid() or cache.stat().st_mode & 0o077):
+        return None
+    return str(cache)
+
+
+def _prepare_environment() -> None:
+    """Sets what jax reads at import, so that test modules and the processes they start can simply import it."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_force_host_platform_device_count" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={DEVICES}".strip()
+    cache = _compilation_cache()
+    if cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+
+_prepare_environment()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--run-slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselects slow tests unless `--run-slow` or a `-m` expression that names the marker asks for a choice."""
+    if config.getoption("--run-slow") or "slow" in config.getoption("-m"):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the checkout."""
+    return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared_data(repository: Path) -> Path:
+    """The directory of real data beside the checkout, or `BERTGPT_TEST_DATA`; skips where there is none."""
+    given = os.environ.get("BERTGPT_TEST_DATA")
+    folder = Path(given) if given else repository.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}; set BERTGPT_TEST_DATA")
+    return folder

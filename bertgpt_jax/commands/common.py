@@ -188,10 +188,17 @@ def check_platform(platform: str) -> str:
         ) from None
     if platform != "auto" and backend != platform:
         raise ConfigError(f"--platform {platform}: jax runs on {backend} instead; {_advice(accelerators)}")
-    if backend == "cpu" and accelerators and not (jax.config.jax_platforms or "").startswith("cpu"):
+    if backend == "cpu" and accelerators and not _asked_for().startswith("cpu"):
         names = " and ".join(a.name for a in accelerators)
         raise ConfigError(f"this machine has {names} but jax would run on the CPU; {_advice(accelerators)}")
     return backend
+
+
+def _asked_for() -> str:
+    """The backends that JAX_PLATFORMS or `select_platform` names, first choice first; empty if neither does."""
+    import jax
+
+    return jax.config.jax_platforms or ""
 
 
 def _advice(accelerators: Sequence[Accelerator]) -> str:

@@ -1,0 +1,298 @@
+"""batch(n): the arrays of any batch of a split, as a pure function of (config, corpus, seed, n)."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import threading
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+
+import numpy as np
+from pydantic import Field
+
+from bertgpt_jax.batches.checks import check_ids, check_rows, check_settings, check_split
+from bertgpt_jax.batches.masking import Masking, mask_rows, mask_tables
+from bertgpt_jax.batches.pairs import PairRows, SentencePairs, pair_arrays
+from bertgpt_jax.batches.windows import FixedRows, FullDocuments, Windows, causal_arrays, positions, stream_arrays
+from bertgpt_jax.config import fingerprint, identity
+from bertgpt_jax.corpus.view import Corpus
+from bertgpt_jax.errors import DataError
+
+Examples = Annotated[Windows | FullDocuments | SentencePairs, Field(discriminator="kind")]
+"""What a row is made of."""
+
+Batch = dict[str, np.ndarray]
+
+FORMAT = 1
+"""Of what a batch is for given settings; a change to any array of any batch needs a new number."""
+
+EVALUATION_SEED = 20181011
+"""Evaluation pairs and masks are the same for every run, whatever its seed."""
+
+
+class Rows(Protocol):
+    """The rows of a split: their number in an epoch, their order, and the tokens they read."""
+
+    same_every_epoch: bool
+
+    def count(self, epoch: int) -> int: ...
+
+    def order(self, epoch: int, ranks: np.ndarray) -> np.ndarray: ...
+
+    def spans(self, epoch: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+class Dataset:
+    """Batches of a split of a corpus.
+
+    Rows are numbered 0.. through all epochs in their shuffled order; batch n holds rows n*B to n*B+B-1, so every row of
+    an epoch is used exactly once. Arrays of a batch (B rows of T tokens, P predictions; int32 unless said):
+
+    * all: `tokens`, `positions` [B, T];
+    * `Windows`: `targets` [B, T], `weights` float32 [B, T];
+    * `FullDocuments`, `SentencePairs`: `segments` [B, T] (1, padding 0), `mask_positions`, `mask_labels` [B, P],
+      `mask_weights` float32 [B, P];
+    * `SentencePairs`: `types` [B, T] (0 A, 1 B), `next_labels` [B] (1 = random), `next_weights` float32 [B].
+
+    Args:
+        corpus: a tokenised corpus.
+        examples, masking: what a row is; causal windows take no masking, the others need it.
+        split: "train" or "held_out".
+        sequence_length, batch_size: T and B.
+        seed: of order, pairs and masks.
+        cache_dir: where row counts of sentence pairs are kept between runs.
+        debug: checks the ids of every batch.
+
+    Raises:
+        ConfigError: settings that contradict one another, or a tokenizer that lacks a special token.
+        DataError: an empty split, or one of fewer rows than a batch.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        examples: Windows | FullDocuments | SentencePairs,
+        masking: Masking | None,
+        *,
+        split: str = "train",
+        sequence_length: int,
+        batch_size: int,
+        seed: int = 0,
+        cache_dir: str | Path | None = None,
+        debug: bool = False,
+    ):
+        self.corpus, self.examples, self.masking, self.split = corpus, examples, masking, split
+        self.sequence_length, self.batch_size, self.seed, self._debug = sequence_length, batch_size, seed, debug
+        self._cache_dir = Path(cache_dir) if cache_dir else None
+        check_settings(corpus, examples, masking, sequence_length, batch_size)
+        check_split(corpus, split)
+        self._tables = None
+        if masking is not None:
+            self._tables = mask_tables(masking, corpus.special.mask, corpus.special_mask())
+        self._epoch_starts = [0]
+        self._lock = threading.Lock()
+        if split == "train":
+            self._check_size()
+        else:
+            self.eval_rows()
+
+    # ------------------------------------------------------------ sizes
+
+    @property
+    def tokens_per_batch(self) -> int:
+        """B * T, padding counted."""
+        return self.batch_size * self.sequence_length
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of all that batches depend on."""
+        return self._name(self.seed)
+
+    def rows_per_epoch(self, epoch: int = 0) -> int:
+        """Rows of an epoch; for sentence pairs it differs slightly between epochs, and is planned when asked for."""
+        return self._rows.count(epoch)
+
+    def epoch_of(self, n: int) -> float:
+        """Epochs seen before batch n, in closed form from the first epoch's rows (exact for fixed windows)."""
+        return n * self.batch_size / self.rows_per_epoch(0)
+
+    # ------------------------------------------------------------ training batches
+
+    def batch(self, n: int, rows: np.ndarray | None = None) -> Batch:
+        """The arrays of batch n.
+
+        Args:
+            n: non-negative.
+            rows: which of the batch's rows to build, int [R] in [0, B), in the order wanted; all by default.
+        """
+        return self._build(self._rows, self.seed, *self._locate(n, rows))
+
+    def describe(self, n: int, rows: np.ndarray | None = None) -> list[dict[str, Any]]:
+        """For each row of batch n: its `epoch`, its `example` number there, and the `documents` it is made of.
+
+        A document is (shard, index in the shard, first token, end), tokens counted from the document's start; those of
+        a pair's A come before those of B. A terminator belongs to the document before it.
+        """
+        described = []
+        for epoch, example in zip(*self._locate(n, rows), strict=True):
+            starts, lengths = self._rows.spans(int(epoch), np.array([example]))
+            spans = zip(starts[0].tolist(), lengths[0].tolist(), strict=True)
+            documents = [d for start, length in spans for d in documents_of(self.corpus, start, start + length)]
+            described.append({"epoch": int(epoch), "example": int(example), "documents": documents})
+        return described
+
+    def _locate(self, n: int, rows: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """(epoch, example of the epoch) of rows of batch n, int64[R] both."""
+        if n < 0:
+            raise IndexError(f"batch {n}: batches are numbered from 0")
+        wanted = check_rows(rows, self.batch_size) + n * self.batch_size
+        epoch, rank = self._epochs(wanted)
+        example = np.empty_like(rank)
+        for e in np.unique(epoch):
+            here = epoch == e
+            example[here] = self._rows.order(int(e), rank[here])
+        return epoch, example
+
+    def _epochs(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(epoch, rank in it) of rows numbered through all epochs."""
+        self._check_size()
+        if self._rows.same_every_epoch:
+            return np.divmod(numbers, self.rows_per_epoch(0))
+        with self._lock:
+            starts = self._epoch_starts
+            while len(numbers) and starts[-1] <= numbers.max():
+                starts.append(starts[-1] + self.rows_per_epoch(len(starts) - 1))
+            edges = np.array(starts, np.int64)
+        epoch = np.searchsorted(edges, numbers, "right") - 1
+        return epoch, numbers - edges[epoch]
+
+    def _check_size(self) -> None:
+        rows = self.rows_per_epoch(0)
+        if rows < self.batch_size:
+            raise DataError(
+                f"the {self.split} split makes {rows} rows of {self.sequence_length} tokens, fewer than one batch: "
+                f"lower batch_size = {self.batch_size} or sequence_length, or bring more text"
+            )
+
+    # ------------------------------------------------------------ evaluation batches
+
+    @functools.cached_property
+    def _rows(self) -> Rows:
+        return self._make_rows(self.seed, partial=False)
+
+    @functools.cached_property
+    def _eval_rows(self) -> Rows:
+        return self._make_rows(EVALUATION_SEED, partial=True)
+
+    def eval_rows(self) -> int:
+        """Rows of an evaluation of the whole split; DataError if there are none."""
+        rows = self._eval_rows.count(0)
+        if not rows:
+            raise DataError(f"the {self.split} split is too short for a single row; bring more text")
+        return rows
+
+    def eval_batches(self) -> int:
+        """Batches of an evaluation of the whole split: every row once, in order, the last batch filled up."""
+        return -(-self.eval_rows() // self.batch_size)
+
+    def eval_batch(self, i: int, rows: np.ndarray | None = None) -> Batch:
+        """Batch i of an evaluation, `rows` as in `batch`; rows beyond the split have weight 0 everywhere.
+
+        Pairs and masks are frozen: the same whatever the run's seed and batch size.
+        """
+        if not 0 <= i < self.eval_batches():
+            raise IndexError(f"evaluation batch {i} of {self.eval_batches()}")
+        examples = check_rows(rows, self.batch_size) + i * self.batch_size
+        exists = examples < self.eval_rows()
+        built = self._build(self._eval_rows, EVALUATION_SEED, np.zeros_like(examples[exists]), examples[exists])
+        if exists.all():
+            return built
+        padded = {name: np.zeros((len(exists), *value.shape[1:]), value.dtype) for name, value in built.items()}
+        padded["tokens"][:] = self.corpus.special.pad or 0
+        padded["positions"][:] = positions(1, self.sequence_length)
+        for name, value in built.items():
+            padded[name][exists] = value
+        return padded
+
+    def eval_fingerprint(self) -> str:
+        """sha256 (hex) over all evaluation rows: what is seen, what is predicted, and with what weight."""
+        digest = hashlib.sha256()
+        step = max(1, (1 << 16) // self.sequence_length)
+        for first in range(0, self.eval_rows(), step):
+            examples = np.arange(first, min(first + step, self.eval_rows()))
+            arrays = self._build(self._eval_rows, EVALUATION_SEED, np.zeros_like(examples), examples)
+            rows = [arrays[name].view(np.uint8).reshape(len(examples), -1) for name in sorted(arrays)]
+            digest.update(np.ascontiguousarray(np.concatenate(rows, axis=1)).data)
+        return digest.hexdigest()
+
+    # ------------------------------------------------------------ building
+
+    def _name(self, seed: int) -> str:
+        return fingerprint(
+            {
+                "format": FORMAT,
+                "corpus": self.corpus.fingerprint,
+                "examples": identity(self.examples),
+                "masking": identity(self.masking) if self.masking else None,
+                "split": self.split,
+                "sequence_length": self.sequence_length,
+                "batch_size": self.batch_size,
+                "seed": seed,
+            }
+        )
+
+    def _make_rows(self, seed: int, partial: bool) -> Rows:
+        length = self.sequence_length
+        if isinstance(self.examples, SentencePairs):
+            # neither masks nor the batch size change which rows there are
+            key = [FORMAT, self.corpus.fingerprint, identity(self.examples), self.split, length, seed]
+            name = fingerprint(key)[:32]
+            return PairRows(self.corpus, self.examples, self.split, length, seed, name, self._cache_dir)
+        if isinstance(self.examples, FullDocuments):
+            return FixedRows(self.corpus, self.split, length - 2, length - 2, seed, partial)
+        return FixedRows(self.corpus, self.split, length + 1, length, seed, partial)
+
+    def _build(self, source: Rows, seed: int, epoch: np.ndarray, example: np.ndarray) -> Batch:
+        """The arrays of examples; those of one epoch (a batch meets two at most, usually one) are built together."""
+        epochs = np.unique(epoch)
+        if len(epochs) <= 1:
+            arrays = self._build_epoch(source, seed, int(epochs[0]) if len(epochs) else 0, example)
+        else:
+            arrays = {}
+            for e in epochs:
+                here = epoch == e
+                for name, value in self._build_epoch(source, seed, int(e), example[here]).items():
+                    whole = arrays.setdefault(name, np.empty((len(epoch), *value.shape[1:]), value.dtype))
+                    whole[here] = value
+        if self._debug:
+            check_ids(arrays, self.corpus.vocab_size)
+        return arrays
+
+    def _build_epoch(self, source: Rows, seed: int, epoch: int, example: np.ndarray) -> Batch:
+        words = self.masking is not None and self.masking.whole_word
+        if isinstance(source, PairRows):
+            pairs = source.pairs(epoch, example)
+            arrays, word_start = pair_arrays(self.corpus, *pairs, self.sequence_length, words)
+        elif isinstance(self.examples, FullDocuments):
+            spans = source.spans(epoch, example)
+            arrays, word_start = stream_arrays(self.corpus, *spans, self.sequence_length, words)
+        else:
+            return causal_arrays(self.corpus, *source.spans(epoch, example), self.sequence_length)
+        real = arrays["segments"] > 0
+        masks = mask_rows(self.masking, self._tables, seed, epoch, example, arrays["tokens"], real, word_start)
+        return arrays | masks
+
+
+def documents_of(corpus: Corpus, start: int, stop: int) -> list[tuple[int, int, int, int]]:
+    """The documents that global tokens start..stop lie in: (shard, index in the shard, first token, end)."""
+    shard = int(np.searchsorted(corpus.token_base, start, "right")) - 1
+    starts, ends = corpus.document_spans(shard, 0, int(corpus.documents[shard]))
+    first = int(np.searchsorted(starts, start, "right")) - 1
+    found = []
+    for i in range(first, len(starts)):
+        if starts[i] >= stop:
+            break
+        begin = int(starts[i])
+        found.append((shard, i, max(start, begin) - begin, min(stop, int(ends[i]) + 1) - begin))
+    return found

@@ -17,12 +17,12 @@ class Sums(NamedTuple):
 
     Attributes:
         parts: part name -> sum over the rows of its weighted losses, fp32 [].
-        metrics: metric name -> (sum over the rows, name of the part whose weight divides it).
+        metrics: metric name -> sum over the rows; `Objective.metric_parts` says which part's weight divides it.
         carry: recurrent state for the next batch, `()` when unused.
     """
 
     parts: dict[str, Array]
-    metrics: dict[str, tuple[Array, str]]
+    metrics: dict[str, Array]
     carry: Any = ()
 
 
@@ -31,6 +31,9 @@ class Objective(Protocol):
 
     def coefficients(self) -> dict[str, float]:
         """Part name -> its coefficient in the total loss."""
+
+    def metric_parts(self) -> dict[str, str]:
+        """Metric name -> the part whose weight divides its sum."""
 
     def weights(self, batch: Batch) -> dict[str, Array]:
         """Part name -> total weight of `batch`, known before any microbatch is differentiated."""

@@ -25,6 +25,10 @@ class CausalLM(Config):
         """One part, `lm`."""
         return {"lm": 1.0}
 
+    def metric_parts(self) -> dict[str, str]:
+        """Accuracy is over predicted tokens."""
+        return {"accuracy": "lm"}
+
     def weights(self, batch: Batch) -> dict[str, Array]:
         """Predicted tokens."""
         return {"lm": jnp.sum(batch["weights"])}
@@ -44,6 +48,6 @@ class CausalLM(Config):
         right_BT = is_best(logits_BTV, batch["targets"])
         return Sums(
             {"lm": jnp.sum(losses_BT * batch["weights"])},
-            {"accuracy": (jnp.sum(right_BT * batch["weights"]), "lm")},
+            {"accuracy": jnp.sum(right_BT * batch["weights"])},
             carry,
         )

@@ -28,6 +28,10 @@ class MaskedLM(Config):
         """One part, `mlm`."""
         return {"mlm": self.coefficient}
 
+    def metric_parts(self) -> dict[str, str]:
+        """Accuracy is over masked positions."""
+        return {"mlm_accuracy": "mlm"}
+
     def weights(self, batch: Batch) -> dict[str, Array]:
         """Masked positions."""
         return {"mlm": jnp.sum(batch["mask_weights"])}
@@ -44,7 +48,7 @@ class MaskedLM(Config):
         """Summed cross-entropy and accuracy over the masked positions."""
         logits_BPV, _ = model.apply({"params": params}, *self.model_inputs(batch), rngs=rngs(key))
         loss, right = masked_sums(logits_BPV, batch)
-        return Sums({"mlm": loss}, {"mlm_accuracy": (right, "mlm")}, carry)
+        return Sums({"mlm": loss}, {"mlm_accuracy": right}, carry)
 
 
 def masked_inputs(batch: Batch) -> tuple:

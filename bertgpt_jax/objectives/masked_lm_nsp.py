@@ -32,6 +32,10 @@ class MaskedLMNSP(Config):
         """Parts `mlm` and `nsp`; the paper adds them."""
         return {"mlm": self.masked_coefficient, "nsp": self.next_coefficient}
 
+    def metric_parts(self) -> dict[str, str]:
+        """Accuracies are over masked positions and over pairs."""
+        return {"mlm_accuracy": "mlm", "nsp_accuracy": "nsp"}
+
     def weights(self, batch: Batch) -> dict[str, Array]:
         """Masked positions and pairs."""
         return {"mlm": jnp.sum(batch["mask_weights"]), "nsp": jnp.sum(batch["next_weights"])}
@@ -51,5 +55,5 @@ class MaskedLMNSP(Config):
         labels, weights = batch["next_labels"], batch["next_weights"]
         next_loss = jnp.sum(cross_entropy(logits_BC, labels) * weights)
         next_right = jnp.sum(is_best(logits_BC, labels) * weights)
-        metrics = {"mlm_accuracy": (right, "mlm"), "nsp_accuracy": (next_right, "nsp")}
+        metrics = {"mlm_accuracy": right, "nsp_accuracy": next_right}
         return Sums({"mlm": loss, "nsp": next_loss}, metrics, carry)

@@ -1,0 +1,170 @@
+"""The config of a run: what is trained (identity), stage by stage, and how it is executed."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from bertgpt_jax.config import EXECUTION, Config, build
+from bertgpt_jax.corpus.config import CorpusConfig
+from bertgpt_jax.errors import ConfigError
+from bertgpt_jax.models.bert import BertConfig
+from bertgpt_jax.models.gpt import GptConfig
+from bertgpt_jax.nn.blocks import ComputeConfig
+from bertgpt_jax.objectives.causal_lm import CausalLM
+from bertgpt_jax.objectives.masked_lm import MaskedLM
+from bertgpt_jax.objectives.masked_lm_nsp import MaskedLMNSP
+from bertgpt_jax.parallel.distributed import DistributedConfig
+from bertgpt_jax.parallel.mesh import MeshConfig
+from bertgpt_jax.training.optim import AdamW, Optimizer
+from bertgpt_jax.training.schedules import Linear, Schedule
+
+Model = Annotated[BertConfig | GptConfig, Field(discriminator="kind")]
+Objective = Annotated[MaskedLMNSP | MaskedLM | CausalLM, Field(discriminator="kind")]
+
+
+class StageConfig(Config):
+    """One stretch of training: its length, batch shape, optimizer and learning rate.
+
+    Exactly one of `steps`, `tokens`, `epochs` gives its length. Parameters always carry over from the stage before;
+    optimizer moments do unless `reset_optimizer`.
+    """
+
+    name: str = Field(default="pretrain", pattern=r"^[A-Za-z0-9_-]+$")
+    steps: Annotated[int | None, EXECUTION] = Field(default=None, ge=1, description="updates")
+    tokens: Annotated[int | None, EXECUTION] = Field(default=None, ge=1, description="input positions, padding included")
+    epochs: Annotated[float | None, EXECUTION] = Field(default=None, gt=0, description="passes over the training split")
+    sequence_length: int = Field(ge=8)
+    batch_size: int = Field(ge=1, description="rows of the global batch")
+    microbatches: Annotated[int, EXECUTION] = Field(default=1, ge=1, description="the batch is computed in this many parts")
+    optimizer: Optimizer = AdamW()
+    schedule: Schedule = Linear()
+    reset_optimizer: bool = False
+
+    @model_validator(mode="after")
+    def _one_length(self) -> StageConfig:
+        given = {k: v for k in ("steps", "tokens", "epochs") if (v := getattr(self, k)) is not None}
+        if len(given) != 1:
+            raise ValueError(f"stage '{self.name}' has {given or 'no length'}; give one of steps, tokens, epochs")
+        end = getattr(self.schedule, "total_steps", None) or self.steps
+        if hasattr(self.schedule, "total_steps") and end is not None and self.schedule.warmup_steps >= end:
+            raise ValueError(
+                f"stage '{self.name}': warmup_steps {self.schedule.warmup_steps} must be below its {end} steps"
+            )
+        return self
+
+
+class ExecutionConfig(Config):
+    """How the run is computed, logged and saved; every field may change on resume."""
+
+    mesh: MeshConfig = MeshConfig()
+    compute: ComputeConfig = ComputeConfig()
+    distributed: DistributedConfig = DistributedConfig()
+    log_every: int = Field(default=10, ge=1, description="steps between rows of metrics.jsonl")
+    eval_every: int | None = Field(default=None, ge=1, description="steps between evaluations; always one at a stage's end")
+    eval_batches: int | None = Field(default=None, ge=1, description="at most this many; null: the whole held-out split")
+    save_every: int | None = Field(default=None, ge=1, description="steps between checkpoints; always one at a stage's end")
+    keep: int = Field(default=2, ge=1, description="newest checkpoints kept, besides the best")
+    max_skipped: int = Field(default=5, ge=1, description="updates in a row that may be non-finite before the run stops")
+    data_threads: int = Field(default=2, ge=0)
+    prefetch: int = Field(default=4, ge=1, description="batches built ahead")
+    compilation_cache: Literal["auto", "off"] = Field(
+        default="auto", description="auto: compiled programs are kept beside the workdir"
+    )
+
+
+class RunConfig(Config):
+    """A whole run. Identity is everything but the fields marked as execution; it is hashed into every checkpoint."""
+
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    corpus: CorpusConfig
+    model: Model
+    objective: Objective
+    stages: tuple[StageConfig, ...] = Field(min_length=1)
+    execution: Annotated[ExecutionConfig, EXECUTION] = ExecutionConfig()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> RunConfig:
+        problems = [*_objective_problems(self), *_stage_problems(self)]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+def _objective_problems(config: RunConfig) -> list[str]:
+    model, objective = config.model, config.objective
+    needed = "gpt" if objective.kind == "causal_lm" else "bert"
+    if model.kind != needed:
+        return [f"objective.kind = '{objective.kind}' needs model.kind = '{needed}', not '{model.kind}'"]
+    if objective.kind == "masked_lm_nsp" and not model.next_sentence_head:
+        return ["objective.kind = 'masked_lm_nsp' needs model.next_sentence_head = true"]
+    if objective.kind == "masked_lm_nsp" and model.type_vocab_size < 2:
+        return [f"objective.kind = 'masked_lm_nsp' needs model.type_vocab_size >= 2, not {model.type_vocab_size}"]
+    return []
+
+
+def _stage_problems(config: RunConfig) -> list[str]:
+    problems = []
+    names = [stage.name for stage in config.stages]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        problems.append(f"two stages are called '{twice[0]}'; names must differ")
+    for before, stage in zip((None, *config.stages), config.stages, strict=False):
+        length = stage.sequence_length
+        if length > config.model.max_positions:
+            problems.append(
+                f"stage '{stage.name}': sequence_length {length} exceeds model.max_positions {config.model.max_positions}"
+            )
+        if config.objective.kind == "masked_lm_nsp" and length < 16:
+            problems.append(f"stage '{stage.name}': sentence pairs need sequence_length >= 16, not {length}")
+        changed = before is not None and before.optimizer.kind != stage.optimizer.kind
+        if changed and not stage.reset_optimizer:
+            problems.append(
+                f"stage '{stage.name}': optimizer '{stage.optimizer.kind}' cannot take over the moments of "
+                f"'{before.optimizer.kind}'; set reset_optimizer=true"
+            )
+    return problems
+
+
+def with_changes(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
+    """A validated copy with top-level trees replaced (`model_copy(update=)` would skip validation)."""
+    return build(RunConfig, config.model_dump(mode="json") | changes, "config")
+
+
+def with_vocabulary(config: RunConfig, vocab_size: int) -> RunConfig:
+    """A copy whose model has the tokenizer's vocabulary size where it left it open.
+
+    Raises:
+        ConfigError: the model's table is smaller than the tokenizer.
+    """
+    given = config.model.vocab_size
+    if given is not None and given < vocab_size:
+        raise ConfigError(f"model.vocab_size {given} is below the tokenizer's {vocab_size}; raise it or leave it null")
+    return with_changes(config, {"model": config.model.model_dump(mode="json") | {"vocab_size": given or vocab_size}})
+
+
+def with_steps(config: RunConfig, rows_per_epoch: list[int]) -> RunConfig:
+    """A copy whose stages are measured in steps and whose schedules know their end.
+
+    Args:
+        rows_per_epoch: training rows of each stage's first epoch.
+    """
+    stages = []
+    for stage, rows in zip(config.stages, rows_per_epoch, strict=True):
+        tree = stage.model_dump(mode="json")
+        steps = stage_steps(stage, rows)
+        tree |= {"steps": steps, "tokens": None, "epochs": None}
+        if "total_steps" in tree["schedule"] and tree["schedule"]["total_steps"] is None:
+            tree["schedule"]["total_steps"] = steps + stage.schedule.offset
+        stages.append(tree)
+    return with_changes(config, {"stages": stages})
+
+
+def stage_steps(stage: StageConfig, rows_per_epoch: int) -> int:
+    """Updates that the stage's length comes to, rounded up."""
+    if stage.steps is not None:
+        return stage.steps
+    if stage.tokens is not None:
+        return -(-stage.tokens // (stage.batch_size * stage.sequence_length))
+    return max(1, -(-int(stage.epochs * rows_per_epoch) // stage.batch_size))

@@ -1,0 +1,166 @@
+"""The documents of a file, as the file has them: one generator for each format."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import json
+from collections.abc import Iterator
+
+from bertgpt_jax.corpus.files import SourceFile, open_bytes
+from bertgpt_jax.errors import DataError
+
+
+@dataclasses.dataclass(frozen=True)
+class RawDocument:
+    """A document before cleaning.
+
+    Attributes:
+        text: bytes as read, or str where the format decodes (JSON, Python).
+        offset: byte position in the uncompressed file; for `stdlib` the number of the topic.
+        titled: whether the first line is the document's title (wiki).
+    """
+
+    text: bytes | str
+    offset: int
+    titled: bool = False
+
+
+WRAPPED_FORMATS = frozenset({"text", "file", "stdlib"})
+"""Formats whose lines may be wrapped: there a paragraph ends at a blank line, elsewhere at every line."""
+
+
+def read_documents(file: SourceFile, lo: int, hi: int, text_field: str, separator: str) -> Iterator[RawDocument]:
+    """The documents that start in bytes `[lo, hi)` of the uncompressed file, a range made by `cut_file`.
+
+    Raises:
+        DataError: naming file and line, for JSON that is none, a missing field, Python that does not parse.
+    """
+    if file.format == "stdlib":
+        yield from _stdlib_documents(file)
+        return
+    with open_bytes(file.path) as stream:
+        if file.format == "file":
+            yield RawDocument(stream.read(), 0)
+            return
+        stream.seek(lo)
+        lines = _lines(stream, lo, hi)
+        if file.format == "jsonl":
+            yield from _jsonl_documents(file, lo, lines, text_field)
+        elif file.format == "wiki":
+            yield from _wiki_documents(lines)
+        else:
+            yield from _text_documents(lines, separator)
+
+
+def _lines(stream, lo: int, hi: int) -> Iterator[tuple[int, bytes]]:
+    """(offset, line) of the lines that start in [lo, hi)."""
+    position = lo
+    while position < hi:
+        line = stream.readline()
+        if not line:
+            return
+        yield position, line
+        position += len(line)
+
+
+def _text_documents(lines: Iterator[tuple[int, bytes]], separator: str) -> Iterator[RawDocument]:
+    mark = separator.encode()
+    held: list[bytes] = []
+    start = 0
+    for offset, line in lines:
+        stripped = line.strip()
+        ends = stripped == mark if mark else not stripped
+        if ends:
+            if held:
+                yield RawDocument(b"".join(held).strip(b"\r\n"), start)
+            held = []
+        elif held or stripped:
+            if not held:
+                start = offset
+            held.append(line)
+    if held:
+        yield RawDocument(b"".join(held).strip(b"\r\n"), start)
+
+
+def _wiki_documents(lines: Iterator[tuple[int, bytes]]) -> Iterator[RawDocument]:
+    held: list[bytes] = []
+    start, inside = 0, False
+    for offset, line in lines:
+        if line.startswith(b"<doc "):
+            if inside:
+                yield _wiki_document(held, start)
+            held, start, inside = [], offset, True
+        elif line.startswith(b"</doc>"):
+            if inside:
+                yield _wiki_document(held, start)
+            held, inside = [], False
+        elif inside:
+            held.append(line)
+    if inside:
+        yield _wiki_document(held, start)
+
+
+def _wiki_document(lines: list[bytes], start: int) -> RawDocument:
+    return RawDocument(b"".join(lines).strip(), start, titled=True)
+
+
+def _jsonl_documents(
+    file: SourceFile, lo: int, lines: Iterator[tuple[int, bytes]], text_field: str
+) -> Iterator[RawDocument]:
+    for offset, line in lines:
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace"))
+        except ValueError as error:
+            raise DataError(f"{_place(file, offset)}: not JSON ({error}): {line[:60]!r}") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{_place(file, offset)}: {type(row).__name__}, not an object: {line[:60]!r}")
+        if text_field not in row:
+            advice = f"fields: {sorted(row)}; set corpus.text_field"
+            raise DataError(f"{_place(file, offset)}: no field '{text_field}'; {advice}")
+        if not isinstance(row[text_field], str):
+            kind = type(row[text_field]).__name__
+            raise DataError(f"{_place(file, offset)}: field '{text_field}' is {kind}, not a string")
+        yield RawDocument(row[text_field], offset)
+
+
+def _place(file: SourceFile, offset: int) -> str:
+    """`path:line` of a byte offset: errors are worth a second reading of the file."""
+    with open_bytes(file.path) as stream:
+        number = sum(1 for _ in _lines(stream, 0, offset)) + 1
+    return f"{file.path}:{number}"
+
+
+def _stdlib_documents(file: SourceFile) -> Iterator[RawDocument]:
+    """A module's docstrings in the order of its source; or one document a topic of the language reference.
+
+    The source is parsed, never imported: importing opens windows (`turtle`), prints (`this`) or starts browsers
+    (`antigravity`).
+    """
+    with open_bytes(file.path) as stream:
+        source = stream.read()
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError) as error:
+        raise DataError(f"{file.path}: Python's own source does not parse ({error})") from None
+    if file.name.endswith("pydoc_data/topics.py"):
+        value = next(node.value for node in tree.body if isinstance(node, ast.Assign))
+        for number, text in enumerate(ast.literal_eval(value).values()):
+            yield RawDocument(text, number)
+        return
+    docstrings = list(_docstrings(tree))
+    if docstrings:
+        yield RawDocument("\n\n".join(docstrings), 0)
+
+
+def _docstrings(node: ast.AST) -> Iterator[str]:
+    """Docstrings of a module, its classes and functions, by going through statements only."""
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        text = ast.get_docstring(node)
+        if text and text.strip():
+            yield text.strip()
+    for child in getattr(node, "body", ()):
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef | ast.If | ast.Try):
+            yield from _docstrings(child)

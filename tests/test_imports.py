@@ -34,7 +34,7 @@ ONLY_IN = {
         *("nn/", "models/", "parallel/", "objectives/", "training/", "transfer/", "evaluation/", "commands/"),
         "shapes.py",
     ),
-    "orbax": ("training/checkpoint.py",),
+    "orbax": ("training/",),
     "tokenizers": ("corpus/",),
     "sentencepiece": ("corpus/",),
     "tensorboardX": ("training/metrics.py",),

@@ -1,0 +1,81 @@
+"""A fingerprint of sharded arrays, computed where they lie, equal for every mesh.
+
+Orbax stores no checksum of array data: a flipped bit on disk comes back as another weight and no error. Each leaf gets
+a uint32: every element's bits are mixed with its position and the results summed modulo 2^32. Integer sums commute, so
+any sharding gives the same value; the mixing is a bijection for a fixed position, so that a change of one element
+always changes the sum, and it is not linear in the bits, so that changes of many (all signs flipped) do not cancel.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, UInt32
+
+_UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by path (`params/layers/mlp/w`, `optimizer/0/mu/...`), in the tree's order."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    flat = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    assert len(flat) == len(leaves), "two leaves of the tree have one path"
+    return flat
+
+
+def _mix(x: Array) -> Array:
+    """Finaliser of MurmurHash3 (fmix32), a bijection of uint32."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
+def leaf_fingerprint(x: Array) -> UInt32[Array, ""]:
+    """The fingerprint of one array of any dtype and shape, as a uint32 scalar; traceable."""
+    x = jnp.asarray(x)
+    if x.dtype == jnp.bool_ or jnp.issubdtype(x.dtype, jnp.integer) and x.dtype.itemsize == 1:
+        x = x.astype(jnp.uint8)  # also 4-bit integers, which have no bitcast
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        x = jnp.stack([x.real, x.imag], axis=-1)
+    bits = jax.lax.bitcast_convert_type(x, _UNSIGNED[x.dtype.itemsize]).astype(jnp.uint32)
+    position = jnp.zeros(bits.shape, jnp.uint32)
+    for axis in range(bits.ndim):
+        index = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+        position = position * jnp.uint32(1000003) + index
+    salt = (position + jnp.uint32(1)) * jnp.uint32(0x9E3779B1)
+    return jnp.sum(_mix(_mix(bits ^ salt) + salt), dtype=jnp.uint32)
+
+
+def fingerprint_vector(tree: Any) -> UInt32[Array, " leaves"]:
+    """The fingerprints of a tree's leaves, in the tree's order, as one array; traceable."""
+    leaves = jax.tree_util.tree_leaves(tree)
+    return jnp.stack([leaf_fingerprint(x) for x in leaves]) if leaves else jnp.zeros(0, jnp.uint32)
+
+
+_fingerprint_on_device = jax.jit(fingerprint_vector)
+
+
+def fingerprint_tree(tree: Any) -> dict[str, int]:
+    """Path to fingerprint of every leaf. With several processes, all of them must call this."""
+    values = np.asarray(jax.device_get(_fingerprint_on_device(tree)))
+    return {path: int(value) for path, value in zip(flatten(tree), values, strict=True)}
+
+
+def combine(fingerprints: dict[str, int], leaves: dict[str, tuple[str, tuple[int, ...]]]) -> str:
+    """One hex string for a tree, from its leaves' fingerprints and (dtype, shape); the order does not matter."""
+    lines = [f"{p} {leaves[p][0]} {list(leaves[p][1])} {fingerprints[p]:08x}" for p in sorted(fingerprints)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
+
+
+def describe_leaves(tree: Any) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Path to (dtype name, shape) of every leaf, arrays or `ShapeDtypeStruct`s."""
+    return {path: (jnp.dtype(x.dtype).name, tuple(x.shape)) for path, x in flatten(tree).items()}
+
+
+def state_fingerprint(state: Any) -> str:
+    """32 hex digits that name the exact bits of a state on any mesh; computed on the device, collective."""
+    return combine(fingerprint_tree(state), describe_leaves(state))

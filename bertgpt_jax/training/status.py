@@ -1,0 +1,193 @@
+"""What the outside sees of a run: `run.lock` (somebody trains here) and `STATUS.json` (how it stands or ended)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import socket
+import threading
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from etils import epath
+
+from bertgpt_jax.errors import ConfigError, StorageError
+from bertgpt_jax.training import processes, storage
+
+Reason = Literal["running", "finished", "preempted", "interrupted", "diverged", "failed"]
+
+BEAT_SECONDS = 60.0
+"""How often a lock is renewed."""
+
+STALE_SECONDS = 600.0
+"""A lock of another host that was not renewed for so long belongs to a dead run."""
+
+
+# ---------------------------------------------------------------- STATUS.json
+
+
+def write_status(
+    workdir: epath.Path,
+    *,
+    step: int,
+    reason: Reason,
+    latest: int | None = None,
+    best: int | None = None,
+    state_fingerprint: str | None = None,
+    metrics: dict[str, Any] | None = None,
+    message: str = "",
+) -> None:
+    """Writes `STATUS.json`, from the first process.
+
+    Args:
+        workdir: where.
+        step: the step the run is at.
+        reason: `running` from the start, then how it ended.
+        latest: newest committed checkpoint.
+        best: the one with the best metric of the current stage.
+        state_fingerprint: of the state at `step` (`fingerprint.state_fingerprint`).
+        metrics: last value of each.
+        message: one line for people (why it failed).
+
+    Raises:
+        StorageError: if it cannot be written.
+    """
+    assert reason in get_args(Reason), reason
+    if not processes.is_primary():
+        return
+    status = {
+        "format_version": 1,
+        "step": step,
+        "reason": reason,
+        "latest": latest,
+        "best": best,
+        "state_fingerprint": state_fingerprint,
+        "metrics": metrics or {},
+        "message": message,
+        "time": _now(),
+    }
+    storage.write_json(workdir / "STATUS.json", status)
+
+
+def read_status(workdir: epath.Path) -> dict[str, Any] | None:
+    """`STATUS.json` as a dict; None if it is missing or torn."""
+    status = storage.read_json(workdir / "STATUS.json")
+    return status if isinstance(status, dict) else None
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+# ---------------------------------------------------------------- run.lock
+
+
+class RunLock:
+    """A workdir held by this run until `release`; made by `acquire`. A thread renews it: other hosts look at its age."""
+
+    def __init__(self, path: epath.Path, entry: dict[str, Any] | None):
+        self._path, self._entry = path, entry
+        self._stop = threading.Event()
+        if entry is not None:
+            self._thread = threading.Thread(target=self._beat, name="run-lock", daemon=True)
+            self._thread.start()
+
+    def _beat(self) -> None:
+        assert self._entry is not None
+        while not self._stop.wait(BEAT_SECONDS):
+            with contextlib.suppress(StorageError):
+                storage.write_json(self._path, {**self._entry, "seen": time.time()})
+
+    def release(self) -> None:
+        """Removes the lock, if it is still ours; the second call does nothing."""
+        if self._entry is None:
+            return
+        self._stop.set()
+        self._thread.join()
+        with contextlib.suppress(StorageError):
+            if _token(storage.read_json(self._path)) == self._entry["token"]:
+                storage.delete(self._path)
+        self._entry = None
+
+    def __enter__(self) -> RunLock:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.release()
+
+
+def acquire(workdir: epath.Path) -> RunLock:
+    """Takes the workdir for this run; with several processes, all of them call this and the first holds the lock.
+
+    A lock whose process is dead (same host) or that was not renewed for 10 minutes (another host) is taken over.
+
+    Raises:
+        ConfigError: another run holds it: its host, process id and start.
+        StorageError: the workdir cannot be written.
+    """
+    return RunLock(workdir / "run.lock", _or_none(processes.on_primary(_acquire, workdir)))
+
+
+def _or_none(entry: dict[str, Any]) -> dict[str, Any] | None:
+    return entry if processes.is_primary() else None
+
+
+def _acquire(workdir: epath.Path) -> dict[str, Any]:
+    path = workdir / "run.lock"
+    holder = storage.read_json(path)
+    if isinstance(holder, dict) and _is_alive(holder):
+        raise _locked(workdir, holder)
+    entry = {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "process_start": _process_start(os.getpid()),
+        "since": _now(),
+        "seen": time.time(),
+        "token": secrets.token_hex(8),
+    }
+    storage.write_json(path, entry)
+    # No storage here can create exclusively: of two that start at once, the later write wins and the other finds out.
+    time.sleep(0.1 if storage.is_local(workdir) else 2.0)
+    now = storage.read_json(path)
+    if _token(now) != entry["token"]:
+        raise _locked(workdir, now if isinstance(now, dict) else {})
+    return entry
+
+
+def _token(entry: Any) -> Any:
+    return entry.get("token") if isinstance(entry, dict) else None
+
+
+def _locked(workdir: epath.Path, holder: dict[str, Any]) -> ConfigError:
+    host, pid, since = (holder.get(key, "?") for key in ("host", "pid", "since"))
+    remedy = f"wait for it, stop it, or use another workdir; if it is dead, delete '{workdir / 'run.lock'}'"
+    return ConfigError(f"workdir '{workdir}' is locked by host {host}, pid {pid}, since {since}: {remedy}")
+
+
+def _is_alive(holder: dict[str, Any]) -> bool:
+    """Whether the run that wrote a lock may still be there."""
+    pid, seen = holder.get("pid"), holder.get("seen")
+    if not isinstance(pid, int) or not isinstance(seen, int | float):
+        return False  # not a lock of ours
+    if holder.get("host") != socket.gethostname():
+        return abs(time.time() - seen) < STALE_SECONDS
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # somebody else's process: it is there
+    # in a restarted container the same pid is another process
+    return _process_start(pid) == holder.get("process_start")
+
+
+def _process_start(pid: int) -> int | None:
+    """Start of a process in clock ticks since boot, which with the pid names it; None where /proc is missing."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    return int(text.rpartition(")")[2].split()[19])

@@ -8,6 +8,7 @@ and the rows of a block among each other, so that few plans are needed at a time
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -40,7 +41,7 @@ def document_windows(corpus: Corpus, split: str) -> np.ndarray:
         # a document fills 1/1024 of a window by its number and len/2^21 by its length; both in units of 2^-21
         filled = np.cumsum(TOKENS_PER_WINDOW // DOCUMENTS_PER_WINDOW + (ends - starts))
         needed = -(-int(filled[-1]) // TOKENS_PER_WINDOW)
-        cuts = np.searchsorted(filled, np.arange(1, needed) * int(filled[-1]) // needed, "left")
+        cuts = np.searchsorted(filled, np.arange(1, needed) * int(filled[-1]) // needed, "right")
         cuts = np.unique(np.concatenate([[lo], lo + cuts, [hi]]))
         windows += [(shard, a, b) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
     return np.array(windows, np.int64).reshape(-1, 3)
@@ -177,7 +178,8 @@ def write_table(path: Path, table: np.ndarray) -> None:
         temporary.write_bytes(hashlib.sha256(data).digest() + data)
         temporary.replace(path)
     except OSError:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 K = TypeVar("K")

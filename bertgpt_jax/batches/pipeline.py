@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -32,10 +33,22 @@ def _elements(build: Callable[[int], T], start: int, stop: int, threads: int, bu
     if stop <= start:
         return
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer if threads else 0)
-    # Grain takes None for a filtered element; wrapping it in a tuple leaves `build` free to return anything
-    elements = iter(grain.MapDataset.range(start, stop).map(lambda n: (build(n),)).to_iter_dataset(options))
+    # a pair, because Grain drops elements that are None and writes notes of its own into errors that pass through it
+    elements = iter(
+        grain.MapDataset.range(start, stop).map(functools.partial(_attempt, build)).to_iter_dataset(options)
+    )
     try:
-        for (element,) in elements:
+        for element, error in elements:
+            if error is not None:
+                raise error
             yield element
     finally:
         elements.close()
+
+
+def _attempt(build: Callable[[int], T], n: int) -> tuple[T | None, Exception | None]:
+    """(build(n), None), or (None, the error it raised)."""
+    try:
+        return build(n), None
+    except Exception as error:
+        return None, error

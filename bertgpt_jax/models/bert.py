@@ -42,15 +42,15 @@ class BertConfig(BlockConfig):
     initializer_range: float = Field(default=0.02, gt=0)
     residual_initializer: Literal["same", "depth_scaled"] = "same"
 
-    def flops_per_token(self, sequence_length: int, *, scored: float = 1.0, causal: bool = False) -> float:
+    def flops_per_token(self, sequence_length: int, scored: float = 1.0, *, halved: bool = False) -> float:
         """Training FLOPs an input token.
 
         Args:
             scored: share of positions that reach the masked-LM head (predictions / sequence length).
-            causal: must be False; an encoder attends both ways, so both conventions agree.
+            halved: has no effect; an encoder attends both ways, so both conventions agree.
         """
         head = 6.0 * (self.hidden_size**2 + self.hidden_size * (self.vocab_size or 0)) * scored
-        return stack_flops(self, sequence_length, causal=causal) + head
+        return stack_flops(self, sequence_length, halved=False) + head
 
 
 SIZES = {

@@ -37,10 +37,15 @@ class GptConfig(BlockConfig):
         default="depth_scaled", description="paper section 2.3; N counts both residual layers of a block (Megatron)"
     )
 
-    def flops_per_token(self, sequence_length: int, *, causal: bool = True) -> float:
-        """Training FLOPs a token, head included; see `stack_flops` for `causal`."""
-        head = 6.0 * self.hidden_size * (self.vocab_size or 0)
-        return stack_flops(self, sequence_length, causal=causal) + head
+    def flops_per_token(self, sequence_length: int, scored: float = 1.0, *, halved: bool = True) -> float:
+        """Training FLOPs a token.
+
+        Args:
+            scored: share of positions that reach the vocabulary head.
+            halved: counts the half of attention that the causal mask keeps; see `stack_flops`.
+        """
+        head = 6.0 * self.hidden_size * (self.vocab_size or 0) * scored
+        return stack_flops(self, sequence_length, halved=halved) + head
 
 
 SIZES = {

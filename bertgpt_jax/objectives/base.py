@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, Protocol
 
+import jax
 import jax.numpy as jnp
 
 from bertgpt_jax.shapes import Array, Params
@@ -37,6 +38,15 @@ class Objective(Protocol):
 
     def weights(self, batch: Batch) -> dict[str, Array]:
         """Part name -> total weight of `batch`, known before any microbatch is differentiated."""
+
+    def abstract_batch(self, rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of a batch, for compiling before there is one."""
+
+    def scored_share(self, sequence_length: int) -> float:
+        """Share of positions that reach the vocabulary head."""
+
+    def model_inputs(self, batch: Batch) -> tuple:
+        """Positional arguments of the model's `__call__` for a batch."""
 
     def loss(self, model: Any, params: Params, batch: Batch, carry: Any, key: Array | None) -> Sums:
         """Sums over the rows of `batch`; dropout is on when `key` is given."""

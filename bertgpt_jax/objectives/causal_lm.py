@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 
 from bertgpt_jax.batches.windows import Windows
@@ -36,6 +37,11 @@ class CausalLM(Config):
     def scored_share(self, sequence_length: int) -> float:
         """Share of positions that reach the vocabulary head."""
         return 1.0
+
+    def abstract_batch(self, rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of a batch."""
+        ids, weights = jax.ShapeDtypeStruct((rows, length), jnp.int32), jax.ShapeDtypeStruct((rows, length), jnp.float32)
+        return {"tokens": ids, "positions": ids, "targets": ids, "weights": weights}
 
     def model_inputs(self, batch: Batch) -> tuple:
         """Positional arguments of the model's `__call__`."""

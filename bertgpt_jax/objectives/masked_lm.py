@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from pydantic import Field
 
@@ -40,6 +41,10 @@ class MaskedLM(Config):
         """Share of positions that reach the vocabulary head."""
         return self.masking.predictions(sequence_length) / sequence_length
 
+    def abstract_batch(self, rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of a batch."""
+        return abstract_masked_batch(self.masking, rows, length)
+
     def model_inputs(self, batch: Batch) -> tuple:
         """Positional arguments of the model's `__call__`."""
         return masked_inputs(batch)
@@ -49,6 +54,20 @@ class MaskedLM(Config):
         logits_BPV, _ = model.apply({"params": params}, *self.model_inputs(batch), rngs=rngs(key))
         loss, right = masked_sums(logits_BPV, batch)
         return Sums({"mlm": loss}, {"mlm_accuracy": right}, carry)
+
+
+def abstract_masked_batch(masking: Masking, rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of the arrays that every masked objective has."""
+    ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+    masks = (rows, masking.predictions(length))
+    return {
+        "tokens": ids,
+        "positions": ids,
+        "segments": ids,
+        "mask_positions": jax.ShapeDtypeStruct(masks, jnp.int32),
+        "mask_labels": jax.ShapeDtypeStruct(masks, jnp.int32),
+        "mask_weights": jax.ShapeDtypeStruct(masks, jnp.float32),
+    }
 
 
 def masked_inputs(batch: Batch) -> tuple:

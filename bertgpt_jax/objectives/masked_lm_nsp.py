@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from pydantic import Field
 
@@ -12,7 +13,7 @@ from bertgpt_jax.batches.pairs import SentencePairs
 from bertgpt_jax.config import Config
 from bertgpt_jax.nn.losses import cross_entropy
 from bertgpt_jax.objectives.base import Batch, Sums, is_best, rngs
-from bertgpt_jax.objectives.masked_lm import masked_inputs, masked_sums
+from bertgpt_jax.objectives.masked_lm import abstract_masked_batch, masked_inputs, masked_sums
 from bertgpt_jax.shapes import Array, Params
 
 
@@ -43,6 +44,14 @@ class MaskedLMNSP(Config):
     def scored_share(self, sequence_length: int) -> float:
         """Share of positions that reach the vocabulary head."""
         return self.masking.predictions(sequence_length) / sequence_length
+
+    def abstract_batch(self, rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of a batch."""
+        batch = abstract_masked_batch(self.masking, rows, length)
+        batch["types"] = batch["tokens"]
+        batch["next_labels"] = jax.ShapeDtypeStruct((rows,), jnp.int32)
+        batch["next_weights"] = jax.ShapeDtypeStruct((rows,), jnp.float32)
+        return batch
 
     def model_inputs(self, batch: Batch) -> tuple:
         """Positional arguments of the model's `__call__`."""

@@ -26,6 +26,11 @@ class DistributedConfig(Config):
     initialization_timeout: int = Field(default=300, ge=1, description="seconds")
     heartbeat_timeout: int = Field(default=100, ge=5, description="seconds until a dead peer ends the job")
 
+    @property
+    def is_set(self) -> bool:
+        """Whether there is more than this process."""
+        return self.auto or self.coordinator is not None
+
 
 def initialize(config: DistributedConfig) -> None:
     """Joins the other processes, if there are any. Must precede any use of devices.

@@ -1,0 +1,40 @@
+"""Evaluates a run's checkpoint on its held-out text: loss, perplexity, bits per byte, accuracies."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+
+from bertgpt_jax.commands.common import add_platform, check_platform, command_parser, run_command, select_platform
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `tools/evaluate.py` and `bertgpt evaluate`."""
+    parser = command_parser("evaluate", __doc__)
+    parser.add_argument("workdir", help="of a run")
+    parser.add_argument("--which", default="latest", help="latest, best or a step (default: latest)")
+    parser.add_argument("--stage", help="whose sequence length and batch to use (default: the checkpoint's)")
+    parser.add_argument("--batches", type=int, help="at most this many (default: the whole held-out split)")
+    parser.add_argument("--corpus", help="the prepared corpus, if it has moved since training")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_platform(parser)
+    return run_command(_evaluate, parser, argv)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    select_platform(args.platform)
+    check_platform(args.platform)
+    from bertgpt_jax.evaluation.workdir import evaluate_workdir
+
+    result = evaluate_workdir(args.workdir, args.which, args.stage, args.batches, args.corpus)
+    if args.json:
+        print(json.dumps(result, indent=2))
+        return 0
+    print(f"{args.workdir}, step {result['step']:,}, stage {result['stage']}: {result['rows']:,} held-out rows")
+    for name, value in result["metrics"].items():
+        print(f"  {name:24} {value:.6f}")
+    print(f"  examples and masks are frozen: sha256 {result['evaluation_fingerprint'][:16]}")
+    return 0

@@ -1,0 +1,70 @@
+"""Pretrains a model from a config; the same command again goes on where the run stopped."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from bertgpt_jax.commands.common import add_platform, check_platform, command_parser, run_command, select_platform
+from bertgpt_jax.errors import UsageError
+
+EPILOG = """\
+examples:
+  %(prog)s configs/quickstart.py
+  %(prog)s configs/gpt/shakespeare_char.py corpus.path=input.txt --workdir runs/shakespeare
+  %(prog)s configs/bert/base.py corpus.path='wiki/*.gz' execution.mesh.fsdp=8 stages.phase1.batch_size=512
+
+exit codes:
+  0 finished   64 usage   65 bad data   74 storage   75 stopped on request, saved: start again
+  76 another process failed   77 the loss is not finite   78 bad config
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `tools/train.py` and `bertgpt train`."""
+    parser = command_parser("train", __doc__, EPILOG)
+    parser.add_argument("config", help="a config file (.py or .json), or the name of a shipped one (bert/base)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config")
+    parser.add_argument("--workdir", help="where everything of the run is written (default: runs/NAME)")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved config as JSON and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print sizes, FLOPs, memory and shardings and stop")
+    parser.add_argument("--allow-change", default="", metavar="KEYS", help="identity settings that may differ on resume")
+    parser.add_argument("--from-step", type=int, metavar="N", help="go on from checkpoint N; newer ones are set aside")
+    add_platform(parser)
+    return run_command(_train, parser, argv)
+
+
+def _train(args: argparse.Namespace) -> int:
+    for item in args.overrides:
+        if "=" not in item:
+            raise UsageError(f"'{item}' is not key=value; a run takes one config")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA tells of its compilation cache at every start
+    select_platform(args.platform)
+    from bertgpt_jax.config import load_config, to_json
+    from bertgpt_jax.training.run_config import RunConfig
+
+    config = load_config(args.config, RunConfig, args.overrides)
+    if args.print_config:
+        print(to_json(config), end="")
+        return 0
+    if not config.execution.distributed.is_set:
+        check_platform(args.platform)
+    if args.dry_run:
+        from bertgpt_jax.training.dry_run import describe
+
+        print(describe(config))
+        return 0
+    from bertgpt_jax.training.run import train
+
+    workdir = args.workdir or str(Path("runs") / _name(args.config))
+    allowed = tuple(name for name in args.allow_change.split(",") if name)
+    train(config, workdir, allowed, from_step=args.from_step, debug=args.debug)
+    return 0
+
+
+def _name(config: str) -> str:
+    """`bert-base` for `configs/bert/base.py` or `bert/base`."""
+    parts = Path(config).with_suffix("").parts
+    return "-".join(parts[parts.index("configs") + 1 :] if "configs" in parts else parts[-2:])

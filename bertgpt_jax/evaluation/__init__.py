@@ -1,0 +1,1 @@
+"""Numbers about a model: held-out loss and what follows from it."""

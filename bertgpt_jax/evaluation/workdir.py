@@ -1,0 +1,95 @@
+"""Evaluating what a run saved, from its workdir alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from bertgpt_jax.config import build
+from bertgpt_jax.corpus.reader import CorpusReader
+from bertgpt_jax.errors import ConfigError, DataError
+from bertgpt_jax.evaluation.held_out import unigram_masked_loss
+from bertgpt_jax.parallel.mesh import MeshConfig, make_mesh
+from bertgpt_jax.training import resume, setup, storage
+from bertgpt_jax.training.checkpoint import read_meta, restore
+from bertgpt_jax.training.loop import evaluate_stage
+from bertgpt_jax.training.run_config import RunConfig, with_changes
+from bertgpt_jax.training.status import read_status
+
+
+def evaluate_workdir(
+    workdir_text: str,
+    which: str = "latest",
+    stage_name: str | None = None,
+    batches: int | None = None,
+    corpus_path: str | None = None,
+) -> dict[str, Any]:
+    """Held-out metrics of a checkpoint, on this machine's devices, whatever mesh it was saved on.
+
+    Args:
+        which: `latest`, `best` or a step.
+        stage_name: whose sequence length and batch to use; None: the checkpoint's.
+        batches: at most this many; None: all.
+        corpus_path: where the prepared corpus is now; None: where training found it.
+
+    Returns:
+        `step`, `stage`, `rows`, `metrics`, `evaluation_fingerprint`.
+
+    Raises:
+        ConfigError: no run or no such checkpoint there. DataError: another corpus than the run's.
+    """
+    workdir = storage.workdir_path(workdir_text)
+    tree = storage.read_json(workdir / resume.CONFIG_FILE)
+    if tree is None:
+        raise ConfigError(f"'{workdir}' is not the workdir of a run: it has no {resume.CONFIG_FILE}")
+    config = build(RunConfig, tree, str(workdir / resume.CONFIG_FILE))
+    execution = config.execution.model_dump(mode="json") | {"mesh": MeshConfig().model_dump()}
+    config = with_changes(config, {"execution": execution})
+    meta = read_meta(workdir, _step(which, read_status(workdir) or {}))
+    stage = _find_stage(config, stage_name or meta["stage"])
+
+    recorded = storage.read_json(workdir / "corpus.json") or {}
+    corpus = CorpusReader(corpus_path or recorded.get("path", ""))
+    if corpus.fingerprint != meta["data_fingerprint"]:
+        raise DataError(
+            f"the corpus in '{corpus.path}' has fingerprint {corpus.fingerprint[:12]}, the run's has "
+            f"{meta['data_fingerprint'][:12]}; pass the run's with --corpus"
+        )
+    program = setup.make_program(config, make_mesh(config.execution.mesh))
+    state, _ = restore(workdir, {"params": program.abstract_state["params"]}, meta["step"], partial=True)
+    datasets = setup.make_datasets(with_changes(config, {"stages": [stage.model_dump(mode="json")]}), corpus, Path(corpus.path) / "rows")
+    train, held_out = datasets[0]
+    step = setup.lower_eval_step(program, stage).compile()
+    metrics = evaluate_stage(program, held_out, step, state["params"], batches)
+    if config.objective.masking is not None:
+        metrics["unigram_mlm_loss"] = unigram_masked_loss(train, held_out)
+    rows = held_out.eval_rows() if batches is None else min(held_out.eval_rows(), batches * stage.batch_size)
+    return {
+        "step": meta["step"],
+        "stage": stage.name,
+        "rows": rows,
+        "metrics": metrics,
+        "evaluation_fingerprint": held_out.eval_fingerprint(),
+        "devices": jax.device_count(),
+    }
+
+
+def _step(which: str, status: dict[str, Any]) -> int | None:
+    if which == "latest":
+        return None
+    if which == "best":
+        if status.get("best") is None:
+            raise ConfigError("no best checkpoint is known: the run has not evaluated yet; use --which latest")
+        return status["best"]
+    if not which.isdigit():
+        raise ConfigError(f"--which '{which}' is neither latest, best nor a step")
+    return int(which)
+
+
+def _find_stage(config: RunConfig, name: str):
+    for stage in config.stages:
+        if stage.name == name:
+            return stage
+    raise ConfigError(f"no stage '{name}'; the run has {[stage.name for stage in config.stages]}")

@@ -1,0 +1,65 @@
+"""What a run would be, from its config alone: parameters, FLOPs, bytes a device, shardings. Nothing is compiled."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+
+from bertgpt_jax.parallel.mesh import make_mesh
+from bertgpt_jax.parallel.sharding import bytes_per_device, flatten
+from bertgpt_jax.training.metrics import short_number
+from bertgpt_jax.training.run_config import RunConfig, with_vocabulary
+from bertgpt_jax.training.setup import Program, make_program, stage_state
+
+
+def describe(config: RunConfig) -> str:
+    """The report of `--dry-run`, on the mesh of this machine's devices.
+
+    A vocabulary left to the tokenizer is taken to be as large as the tokenizer's config allows.
+
+    Raises:
+        ConfigError: whatever would stop the run before its data is read.
+    """
+    assumed = config.model.vocab_size or getattr(config.corpus.tokenizer, "vocab_size", 256)
+    program = make_program(with_vocabulary(config, min(assumed, config.model.vocab_size or assumed)), make_mesh(config.execution.mesh))
+    sizes = ", ".join(f"{axis}={size}" for axis, size in program.mesh.shape.items())
+    lines = [
+        f"model        {config.model.kind}, {program.parameters:,} parameters, vocabulary {program.config.model.vocab_size:,}"
+        + ("" if config.model.vocab_size else " (assumed; the tokenizer decides)"),
+        f"mesh         {sizes} on {jax.device_count()} x {jax.devices()[0].device_kind}",
+        *_bytes(program),
+        *[line for stage in program.config.stages for line in _stage(program, stage)],
+        "parameters   (shape, logical sharding over the mesh)",
+    ]
+    for name, leaf in flatten(program.abstract_state["params"]).items():
+        lines.append(f"  {name:44} {str(leaf.shape):24} {tuple(leaf.sharding.spec)}")
+    return "\n".join(lines)
+
+
+def _bytes(program: Program) -> list[str]:
+    rows = []
+    for stage in program.config.stages:
+        state = stage_state(program, stage)
+        parts = {
+            name: bytes_per_device(state[name], jax.tree.map(lambda x: x.sharding, state[name]))
+            for name in ("params", "optimizer")
+        }
+        total = parts["params"] * 2 + parts["optimizer"]  # gradients lie as the parameters do
+        text = ", ".join(f"{name} {size / 2**20:,.1f} MiB" for name, size in parts.items())
+        rows.append(f"a device     {stage.name}: {text}, gradients {parts['params'] / 2**20:,.1f} MiB; {total / 2**20:,.1f} MiB without activations")
+    return rows
+
+
+def _stage(program: Program, stage) -> list[str]:
+    length = stage.sequence_length
+    scored = program.config.objective.scored_share(length)
+    model = program.config.model
+    halved, full = (model.flops_per_token(length, scored, halved=h) for h in (True, False))
+    tokens = stage.batch_size * length
+    steps = stage.steps or (stage.tokens and math.ceil(stage.tokens / tokens))
+    lasts = f"{steps:,} steps, {steps * tokens:,} tokens, {halved * steps * tokens:.3g} FLOPs" if steps else f"{stage.epochs} epochs"
+    return [
+        f"stage        {stage.name}: {lasts}; batch {stage.batch_size} x {length} = {short_number(tokens)} tokens",
+        f"             {halved / 1e9:.4g} GFLOP a token (attention in full: {full / 1e9:.4g})",
+    ]

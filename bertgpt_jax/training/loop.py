@@ -1,0 +1,285 @@
+"""The training loop: eval -> save -> batch(n) -> step -> log, in that order, one file read from top to bottom."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from bertgpt_jax.batches.dataset import Dataset
+from bertgpt_jax.batches.pipeline import prefetch
+from bertgpt_jax.errors import Diverged
+from bertgpt_jax.evaluation import held_out
+from bertgpt_jax.parallel.sharding import local_rows, place_batch
+from bertgpt_jax.shapes import PyTree
+from bertgpt_jax.training.checkpoint import Checkpoints
+from bertgpt_jax.training.guards import PreemptionGuard
+from bertgpt_jax.training.hardware import peak_flops
+from bertgpt_jax.training.metrics import MetricWriter
+from bertgpt_jax.training.setup import Program, Stage, enter_stage
+
+
+class Loop:
+    """Trains a state through the stages that are left.
+
+    Attributes:
+        step: batches drawn so far; the state's `data_step`.
+        state: the newest state.
+        stopped: the run was asked to stop, and a checkpoint of this step was saved.
+
+    Args:
+        program, stages: what to train.
+        steps: for each stage its compiled (train step, evaluation step).
+        meta: what every checkpoint carries besides step, stage and metrics.
+        owed: metrics of the restored step, where the run was stopped before its evaluation could be logged with them.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        stages: list[Stage],
+        steps: list[tuple[Callable, Callable]],
+        state: PyTree,
+        step: int,
+        checkpoints: Checkpoints,
+        writer: MetricWriter,
+        guard: PreemptionGuard,
+        meta: dict[str, Any],
+        owed: dict[str, float] | None = None,
+    ):
+        self.program, self.stages, self.compiled = program, stages, steps
+        self.state, self.step, self.stopped = state, step, False
+        self._checkpoints, self._writer, self._guard, self._meta = checkpoints, writer, guard, meta
+        self._execution = program.config.execution
+        self._pending: dict[str, Any] | None = owed  # metrics of the step that brought us to `self.step`
+        self._evaluation: dict[str, float] = {}
+        self._clock = Clock(stages[-1].stop)
+
+    def run(self) -> None:
+        """Until the last stage ends or the run is asked to stop."""
+        for stage, compiled in zip(self.stages, self.compiled, strict=True):
+            if self.step < stage.stop and not self.stopped:
+                self._run_stage(stage, *compiled)
+
+    def _run_stage(self, stage: Stage, train_step: Callable, eval_step: Callable) -> None:
+        if self.step == stage.start > 0:
+            self.state = enter_stage(self.program, stage.config, self.state)
+        batches = self._batches(stage)
+        begin = self.step if self._pending is None else self.step - 1
+        while True:
+            fresh = self.step > begin  # what a restored or just entered step did before is not repeated
+            # ------------------------------------------------ stop?
+            if fresh and self._guard.should_stop(self.step):
+                self._stop(stage)
+                return
+            # ------------------------------------------------ eval
+            if fresh and self._due(self._execution.eval_every, stage):
+                if not self._evaluate(stage, eval_step):
+                    self._stop(stage)
+                    return
+            # ------------------------------------------------ save
+            if fresh and self._due(self._execution.save_every, stage):
+                self._save(stage)
+            if self.step == stage.stop:
+                batches.close()
+                return
+            # ------------------------------------------------ batch(n)
+            with self._clock.waiting_for_data():
+                batch = next(batches)
+            # ------------------------------------------------ step
+            before = self._pending
+            self.state, self._pending = train_step(self.state, batch)
+            # ------------------------------------------------ log step n-1 while n runs
+            if before is not None and self.step % self._execution.log_every == 0:
+                self._log(stage, before)
+            self.step += 1
+            self._writer.tick(self.step)
+            self._clock.tokens += stage.train.tokens_per_batch
+
+    # ---------------------------------------------------------------- the five things a step may do
+
+    def _due(self, every: int | None, stage: Stage) -> bool:
+        return self.step == stage.stop or (every is not None and self.step % every == 0)
+
+    def _batches(self, stage: Stage) -> Any:
+        data, mesh, rows = stage.train, self.program.mesh, stage.config.batch_size
+        mine = local_rows(mesh, rows)
+
+        def build(n: int) -> dict[str, jax.Array]:
+            return place_batch(data.batch(n, mine), mesh, rows)
+
+        first, last = self.step - stage.start, stage.stop - stage.start
+        return prefetch(build, first, last, self._execution.data_threads, self._execution.prefetch)
+
+    def _log(self, stage: Stage, metrics: dict[str, jax.Array] | None, evaluation: dict[str, float] | None = None) -> None:
+        """Writes the row of `self.step`: a step's own metrics, never an average, so that any resume repeats it."""
+        values = {} if metrics is None else {f"train/{k}": float(v) for k, v in jax.device_get(metrics).items()}
+        for name in ("learning_rate", "grad_norm", "param_norm", "skipped"):
+            if f"train/{name}" in values:
+                values[f"optim/{name}"] = values.pop(f"train/{name}")
+        if values.get("optim/skipped", 0) >= self._execution.max_skipped:
+            raise Diverged(
+                f"{int(values['optim/skipped'])} updates in a row up to step {self.step} had a loss or gradient that is "
+                f"not finite (train/loss {values['train/loss']}); lower schedule.peak, lengthen warmup_steps, or look at "
+                "the batches; the last checkpoint is from before"
+            )
+        timing = self._clock.interval(self.step, flops_per_token(self.program, stage))
+        if values:
+            values["train/tokens_seen"] = self._tokens_seen()
+        values |= {f"eval/{k}": v for k, v in (evaluation or {}).items()}
+        self._writer.log(self.step, values, timing)
+        if metrics is not None:
+            self._writer.print(self.step, console_fields(values, timing))
+
+    def _evaluate(self, stage: Stage, eval_step: Callable) -> bool:
+        """Evaluates the held-out split and logs it beside the step's own metrics; False if asked to stop meanwhile."""
+        limit = self._execution.eval_batches
+        with self._clock.paused():
+            result = evaluate_stage(self.program, stage.held_out, eval_step, self.state["params"], limit, self._stop_asked)
+        if result is None:
+            return False
+        pending, self._pending = self._pending, None
+        self._evaluation = {f"eval/{name}": value for name, value in result.items()}
+        self._log(stage, pending, result)
+        self._writer.join()
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in result.items())
+        self._writer.say(f"step {self.step:,} held out: {shown}")
+        return True
+
+    def _stop_asked(self) -> bool:
+        """Whether to break off an evaluation; with several processes only between steps, where all agree."""
+        return jax.process_count() == 1 and self._guard.should_stop(self.step)
+
+    def _save(self, stage: Stage, owed: dict[str, float] | None = None) -> None:
+        if self._pending is not None and self.step % self._execution.log_every == 0:
+            pending, self._pending = self._pending, None
+            self._log(stage, pending)
+        with self._clock.paused():
+            self._writer.join()
+            evaluated = owed is None and self._due(self._execution.eval_every, stage)
+            metrics = self._evaluation if evaluated else {}
+            own = {"step": self.step, "stage": stage.config.name, "metrics": metrics, "owed": owed}
+            self._checkpoints.save(self.state, self.step, self._meta | own)
+
+    def _stop(self, stage: Stage) -> None:
+        """Saves; a row that waits for its evaluation goes into the checkpoint, so that the resume writes it whole."""
+        owed = None
+        if self._pending is not None and self._due(self._execution.eval_every, stage):
+            owed = {name: float(value) for name, value in jax.device_get(self._pending).items()}
+            self._pending = None
+        self._save(stage, owed)
+        self.stopped = True
+
+    def _tokens_seen(self) -> int:
+        """Input positions of all batches up to `self.step`, padding included."""
+        return sum(s.train.tokens_per_batch * (min(self.step, s.stop) - s.start) for s in self.stages if s.start < self.step)
+
+
+def evaluate_stage(
+    program: Program,
+    data: Dataset,
+    eval_step: Callable,
+    params: PyTree,
+    limit: int | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
+    """Held-out metrics of a stage (`evaluation.held_out.evaluate`), plus perplexity and bits per byte for causal models."""
+    rows = local_rows(program.mesh, data.batch_size)
+
+    def batch(i: int) -> dict[str, jax.Array]:
+        return place_batch(data.eval_batch(i, rows), program.mesh, data.batch_size)
+
+    count = data.eval_batches() if limit is None else min(limit, data.eval_batches())
+    result = held_out.evaluate(eval_step, params, count, batch, program.config.objective, should_stop)
+    if result is not None and program.config.objective.kind == "causal_lm":
+        result["perplexity"] = held_out.perplexity(result["loss"])
+        result["bits_per_byte"] = held_out.bits_per_byte(result["loss"], data)
+    return result
+
+
+def flops_per_token(program: Program, stage: Stage) -> tuple[float, float]:
+    """Training FLOPs a token with causal attention counted by half and in full."""
+    length = stage.config.sequence_length
+    scored = program.config.objective.scored_share(length)
+    model = program.config.model
+    return model.flops_per_token(length, scored, halved=True), model.flops_per_token(length, scored, halved=False)
+
+
+def console_fields(values: dict[str, float], timing: dict[str, float]) -> dict[str, Any]:
+    """The fields of a console line, named as they are shown."""
+    names = {
+        "train/loss": "loss",
+        "train/mlm_loss": "mlm",
+        "train/nsp_loss": "nsp",
+        "train/accuracy": "acc",
+        "train/mlm_accuracy": "mlm acc",
+        "train/nsp_accuracy": "nsp acc",
+        "optim/learning_rate": "lr",
+        "optim/grad_norm": "grad",
+        "throughput/tokens_per_second": "tok/s",
+        "throughput/mfu": "mfu",
+        "throughput/mfu_full_attention": "mfu full",
+        "throughput/data_wait": "data",
+        "throughput/eta_seconds": "eta",
+    }
+    both = values | timing
+    return {shown: both[key] for key, shown in names.items() if key in both}
+
+
+class Clock:
+    """Rates of the time since the last row; what is spent in evaluation and saving is left out.
+
+    Args:
+        total_steps: of the run, for the time left.
+    """
+
+    def __init__(self, total_steps: int):
+        self.tokens = 0
+        self._total, self._steps = total_steps, None
+        self._since, self._waited, self._out = time.perf_counter(), 0.0, 0.0
+        peak = peak_flops(jax.devices()[0].device_kind)
+        self._peak = peak * jax.device_count() if peak else None
+
+    def waiting_for_data(self) -> _Span:
+        """Context in which the step waits for its batch."""
+        return _Span(lambda seconds: setattr(self, "_waited", self._waited + seconds))
+
+    def paused(self) -> _Span:
+        """Context whose time counts for no rate."""
+        return _Span(lambda seconds: setattr(self, "_out", self._out + seconds))
+
+    def interval(self, step: int, flops: tuple[float, float]) -> dict[str, float]:
+        """Rates since the last call; empty for the first, which holds start-up."""
+        now = time.perf_counter()
+        seconds = max(now - self._since - self._out, 1e-9)
+        steps = step - self._steps if self._steps is not None else 0
+        rates = {}
+        if steps > 0:
+            per_second = self.tokens / seconds
+            rates = {
+                "throughput/tokens_per_second": per_second,
+                "throughput/step_seconds": seconds / steps,
+                "throughput/data_wait": self._waited / seconds,
+                "throughput/eta_seconds": (self._total - step) * seconds / steps,
+            }
+            if self._peak:
+                rates["throughput/mfu"] = per_second * flops[0] / self._peak
+                rates["throughput/mfu_full_attention"] = per_second * flops[1] / self._peak
+        self._steps, self._since = step, now
+        self.tokens, self._waited, self._out = 0, 0.0, 0.0
+        return rates
+
+
+class _Span:
+    """Measures the time spent in a `with` block."""
+
+    def __init__(self, add: Callable[[float], None]):
+        self._add = add
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: Any) -> None:
+        self._add(time.perf_counter() - self._start)

@@ -1,0 +1,56 @@
+"""Whether a workdir may be trained on with a config: identity is compared, execution may change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from etils import epath
+
+from bertgpt_jax.config import Config, differences, fingerprint, identity
+from bertgpt_jax.errors import ConfigError
+from bertgpt_jax.training import storage
+
+CONFIG_FILE = "config.json"
+IDENTITY_FILE = "identity.json"
+
+
+def run_identity(config: Config, corpus_fingerprint: str, tokenizer_sha256: str) -> dict[str, Any]:
+    """What is trained, as a JSON tree: the config's identity and the content of its data."""
+    return {"config": identity(config), "corpus": corpus_fingerprint, "tokenizer": tokenizer_sha256}
+
+
+def check_identity(workdir: epath.Path, new: dict[str, Any], allowed: tuple[str, ...] = ()) -> dict[str, tuple[Any, Any]]:
+    """Compares with the identity a workdir was begun with; returns the allowed differences, to be logged.
+
+    Args:
+        new: `run_identity`, or its `config` alone while the data is not open yet; a null there is not yet decided and
+            differs from nothing.
+        allowed: dotted paths (or prefixes of paths) that may differ.
+
+    Raises:
+        ConfigError: with a diff of all other differences.
+    """
+    old = storage.read_json(workdir / IDENTITY_FILE)
+    if old is None:
+        return {}
+    changed = differences({name: old.get(name) for name in new}, new)
+    if "corpus" not in new:
+        changed = {path: pair for path, pair in changed.items() if pair[1] is not None}
+    changed = {path.removeprefix("config."): pair for path, pair in changed.items()}
+    refused = {path: pair for path, pair in changed.items() if not any(_covers(name, path) for name in allowed)}
+    if refused:
+        diff = "; ".join(f"{path}: {old!r} -> {new!r}" for path, (old, new) in refused.items())
+        names = ",".join(refused)
+        raise ConfigError(
+            f"workdir '{workdir}' trains something else: {diff}; use another --workdir, or --allow-change {names}"
+        )
+    return changed
+
+
+def _covers(name: str, path: str) -> bool:
+    return path == name or path.startswith(name + ".")
+
+
+def identity_hash(tree: dict[str, Any]) -> str:
+    """sha256 of an identity, as checkpoints carry it."""
+    return fingerprint(tree)

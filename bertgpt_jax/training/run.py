@@ -1,0 +1,313 @@
+"""A training run from its config to its finish line."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from etils import epath
+
+import bertgpt_jax
+from bertgpt_jax.config import to_json
+from bertgpt_jax.corpus.builder import open_corpus
+from bertgpt_jax.corpus.reader import CorpusReader
+from bertgpt_jax.errors import Diverged, Preempted, UserError
+from bertgpt_jax.parallel import distributed
+from bertgpt_jax.parallel.mesh import make_mesh
+from bertgpt_jax.parallel.sharding import bytes_per_device, check_batch
+from bertgpt_jax.shapes import PyTree
+from bertgpt_jax.training import processes, resume, setup, status, storage
+from bertgpt_jax.training.checkpoint import Checkpoints
+from bertgpt_jax.training.fingerprint import state_fingerprint
+from bertgpt_jax.training.guards import PreemptionGuard
+from bertgpt_jax.training.loop import Loop
+from bertgpt_jax.training.metrics import MetricWriter, duration
+from bertgpt_jax.training.run_config import RunConfig, with_steps, with_vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class Finish:
+    """How a run ended.
+
+    Attributes:
+        step: of the final state.
+        metrics: last value of each.
+        checkpoint: newest step saved.
+    """
+
+    step: int
+    metrics: dict[str, Any]
+    checkpoint: int | None
+
+
+def train(
+    config: RunConfig,
+    workdir_text: str,
+    allow_change: tuple[str, ...] = (),
+    *,
+    from_step: int | None = None,
+    debug: bool = False,
+) -> Finish:
+    """Trains `config` in a workdir, from its newest valid checkpoint if there is one.
+
+    Args:
+        allow_change: identity settings (dotted) that may differ from those the workdir was begun with.
+        from_step: go on from this checkpoint instead; newer ones are set aside.
+        debug: check the token ids of every batch.
+
+    Raises:
+        ConfigError: before anything is written, for whatever can be known then.
+        Preempted: asked to stop; a checkpoint was saved.
+        Diverged: too many updates in a row were not finite.
+    """
+    begun = time.perf_counter()
+    distributed.initialize(config.execution.distributed)
+    workdir = storage.workdir_path(workdir_text)
+    mesh = make_mesh(config.execution.mesh)
+    for stage in config.stages:
+        check_batch(stage.batch_size, stage.microbatches, mesh, f"stages.{stage.name}")
+    resume.check_identity(workdir, {"config": resume.identity(config)}, allow_change)
+    use_compilation_cache(config, workdir)
+
+    corpus = open_run_corpus(config, workdir)
+    config = with_vocabulary(config, corpus.vocab_size)
+    datasets = setup.make_datasets(config, corpus, cache_root(workdir), debug)
+    config = with_steps(config, [train.rows_per_epoch() for train, _ in datasets])
+    stages = setup.make_stages(config, datasets)
+    identity = resume.run_identity(config, corpus.fingerprint, corpus.tokenizer.sha256)
+    distributed.agree({"config": str(identity), "code": bertgpt_jax.__version__, "jax": jax.__version__})
+    changed = resume.check_identity(workdir, identity, allow_change)
+    program = setup.make_program(config, mesh)
+
+    with status.acquire(workdir), PreemptionGuard() as guard:
+        if processes.is_primary():
+            _write_description(workdir, config, identity, corpus)
+        session = _Session(program, stages, corpus, workdir, identity, guard, from_step)
+        for path, (old, new) in changed.items():
+            session.say(f"changed by --allow-change: {path}: {old!r} -> {new!r}")
+        return session.run(begun)
+
+
+class _Session:
+    """What one process does between taking the lock and letting go of it."""
+
+    def __init__(
+        self,
+        program: setup.Program,
+        stages: list[setup.Stage],
+        corpus: CorpusReader,
+        workdir: epath.Path,
+        identity: dict[str, Any],
+        guard: PreemptionGuard,
+        from_step: int | None,
+    ):
+        self.from_step = from_step
+        self.program, self.stages, self.corpus, self.workdir, self.guard = program, stages, corpus, workdir, guard
+        self.identity = identity
+        self.checkpoints = Checkpoints(workdir, program.config.execution.keep)
+
+    def say(self, text: str) -> None:
+        """A line on the console of the first process."""
+        if processes.is_primary():
+            print(text, flush=True)
+
+    def run(self, begun: float) -> Finish:
+        """Restores or initialises, trains, and writes how it ended."""
+        state, meta = self._start_state()
+        step = meta["step"] if meta else 0
+        self._describe(step, meta)
+        writer = MetricWriter(
+            self.workdir, restored_step=step if meta else None, total_steps=self.stages[-1].stop
+        )
+        loop: Loop | None = None
+        reason, message = "failed", ""
+        try:
+            self._status(step, "running", writer, None)
+            if step >= self.stages[-1].stop:
+                self.say(f"nothing to do: '{self.workdir}' has finished its {step:,} steps")
+                reason = "finished"
+                return Finish(step, writer.last, self.checkpoints.latest())
+            compiled = self._compile(step)
+            loop = Loop(
+                self.program, self.stages, compiled, state, step, self.checkpoints, writer, self.guard,
+                self._meta(), (meta or {}).get("owed"),
+            )  # fmt: skip
+            del state
+            loop.run()
+            reason = (self.guard.reason or "preempted") if loop.stopped else "finished"
+        except UserError as error:
+            reason, message = ("diverged" if isinstance(error, Diverged) else "failed"), str(error)
+            raise
+        except Exception as error:
+            message = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            writer.close()
+            self.checkpoints.close()
+            where = loop.step if loop else step
+            self._status(where, reason, writer, _usable_state(loop) if loop else state, message)
+        return self._finish(loop, writer, begun)
+
+    # ---------------------------------------------------------------- start
+
+    def _start_state(self) -> tuple[PyTree, dict[str, Any] | None]:
+        """Restore policy: 1 the checkpoint asked for; 2 the workdir's newest valid one; 3 fresh."""
+        if self.from_step is not None:
+            stage = next((s for s in self.stages if self.from_step <= s.stop), self.stages[-1])
+            return self.checkpoints.rewind(setup.stage_state(self.program, stage.config), self.from_step)
+        for stage in reversed(self.stages):  # the newest checkpoint may be of a stage with another optimizer
+            if any(before.config.optimizer.kind != stage.config.optimizer.kind for before in self.stages):
+                latest = self.checkpoints.latest()
+                if latest is None or not stage.start < latest <= stage.stop:
+                    continue
+            abstract = setup.stage_state(self.program, stage.config)
+            found = self.checkpoints.restore_latest_valid(abstract)
+            if found is not None:
+                return found
+            break
+        return self.program.init(), None
+
+    def _describe(self, step: int, meta: dict[str, Any] | None) -> None:
+        program, execution = self.program, self.program.config.execution
+        lies = jax.tree.map(lambda x: x.sharding, program.abstract_state)
+        held = bytes_per_device(program.abstract_state, lies) / 2**20
+        devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        self.say(
+            f"{program.config.model.kind} {program.parameters / 1e6:.2f}M parameters, {program.config.objective.kind}, "
+            f"{devices}, mesh {execution.mesh.describe()}, {execution.compute.dtype}, state {held:.0f} MiB a device"
+        )
+        for stage in self.stages:
+            steps = stage.stop - stage.start
+            epochs = stage.train.epoch_of(steps)
+            self.say(
+                f"stage {stage.config.name}: {steps:,} steps = {steps * stage.train.tokens_per_batch:,} tokens = "
+                f"{epochs:.2f} epochs; batch {stage.config.batch_size} x {stage.config.sequence_length}"
+                + (f" in {stage.config.microbatches} parts" if stage.config.microbatches > 1 else "")
+            )
+        if meta:
+            self.say(
+                f"resumed at step {step:,} (stage {meta['stage']}, fingerprint {meta['state_fingerprint'][:12]} verified)"
+            )
+        else:
+            self.say(f"fresh start in {self.workdir}")
+
+    def _compile(self, step: int) -> list[tuple[Any, Any]]:
+        """Compiles the steps of every stage that is left, so that a later shape cannot fail after days."""
+        compiled: list[tuple[Any, Any]] = []
+        for stage in self.stages:
+            if step >= stage.stop:
+                compiled.append((None, None))
+                continue
+            begun = time.perf_counter()
+            train_step = setup.lower_train_step(self.program, stage.config).compile()
+            compiled.append((train_step, setup.lower_eval_step(self.program, stage.config).compile()))
+            self.say(f"compiled stage {stage.config.name} in {time.perf_counter() - begun:.1f} s")
+        return compiled
+
+    def _meta(self) -> dict[str, Any]:
+        config = self.program.config
+        return {
+            "config": config.model_dump(mode="json"),
+            "identity": self.identity,
+            "identity_hash": resume.identity_hash(self.identity),
+            "tokenizer_sha256": self.corpus.tokenizer.sha256,
+            "data_fingerprint": self.corpus.fingerprint,
+            "evaluation_fingerprints": {s.config.name: s.held_out.eval_fingerprint() for s in self.stages},
+            "mesh": dict(self.program.mesh.shape),
+        }
+
+    # ---------------------------------------------------------------- end
+
+    def _status(
+        self, step: int, reason: status.Reason, writer: MetricWriter, state: PyTree | None, message: str = ""
+    ) -> None:
+        status.write_status(
+            self.workdir,
+            step=step,
+            reason=reason,
+            latest=self.checkpoints.latest(),
+            best=self.checkpoints.best(),
+            state_fingerprint=None if state is None else state_fingerprint(state),
+            metrics=writer.last,
+            message=message,
+        )
+
+    def _finish(self, loop: Loop, writer: MetricWriter, begun: float) -> Finish:
+        took = duration(time.perf_counter() - begun)
+        saved = self.checkpoints.latest()
+        if loop.stopped:
+            raise Preempted(
+                f"asked to stop at step {loop.step:,} after {took}; saved to '{self.workdir}': the same command goes on"
+            )
+        loss = writer.last.get("eval/loss")
+        self.say(f"finished {loop.step:,} steps in {took}: held-out loss {loss:.4f}" if loss is not None else "finished")
+        self.say(f"  checkpoints, metrics.jsonl, STATUS.json, TensorBoard events: {self.workdir}")
+        self.say(f"  newest checkpoint {saved}, best {self.checkpoints.best()}")
+        self.say(f"  next: python tools/evaluate.py {self.workdir}")
+        return Finish(loop.step, writer.last, saved)
+
+
+def _usable_state(loop: Loop) -> PyTree | None:
+    """The loop's state, or None if the step that failed had already taken its buffers."""
+    return None if any(leaf.is_deleted() for leaf in jax.tree.leaves(loop.state)) else loop.state
+
+
+# ---------------------------------------------------------------- workdir
+
+
+def cache_root(workdir: epath.Path) -> Path:
+    """Where prepared corpora and row indexes are kept: beside the workdir, or in the user's cache for a remote one."""
+    if storage.is_local(workdir):
+        return Path(workdir).parent / "corpora"
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "bertgpt_jax" / "corpora"
+
+
+def open_run_corpus(config: RunConfig, workdir: epath.Path) -> CorpusReader:
+    """The run's tokenised corpus, prepared by the first process if it is not there yet."""
+    root = cache_root(workdir)
+    if jax.process_count() > 1:
+        processes.on_primary(lambda: open_corpus(config.corpus, root).fingerprint)
+    return open_corpus(config.corpus, root)
+
+
+def use_compilation_cache(config: RunConfig, workdir: epath.Path) -> None:
+    """Keeps compiled programs beside a local workdir; directories of executables are private."""
+    if config.execution.compilation_cache == "off" or not storage.is_local(workdir):
+        return
+    if jax.config.jax_compilation_cache_dir is None:
+        path = Path(workdir).parent / ".compiled"
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        jax.config.update("jax_compilation_cache_dir", str(path))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _write_description(workdir: epath.Path, config: RunConfig, identity: dict[str, Any], corpus: CorpusReader) -> None:
+    """config.json, identity.json, corpus.json, env.json and the tokenizer."""
+    storage.write_text(workdir / resume.CONFIG_FILE, to_json(config))
+    storage.write_json(workdir / resume.IDENTITY_FILE, identity)
+    storage.write_json(
+        workdir / "corpus.json",
+        {"path": str(corpus.path), "fingerprint": corpus.fingerprint, "tokenizer_sha256": corpus.tokenizer.sha256},
+    )
+    storage.copy_tree(epath.Path(corpus.path) / "tokenizer", workdir / "tokenizer")
+    storage.write_json(workdir / "env.json", environment())
+
+
+def environment() -> dict[str, Any]:
+    """Versions, devices and the command line, credentials in addresses removed."""
+    return {
+        "bertgpt_jax": bertgpt_jax.__version__,
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "devices": [str(device) for device in jax.devices()[:8]],
+        "device_count": jax.device_count(),
+        "process_count": jax.process_count(),
+        "command": [re.sub(r"//[^/@\s]+@", "//***@", word) for word in sys.argv],
+    }

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import absl.logging
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,7 +57,7 @@ class Checkpoints:
     ):
         if keep < 1:
             raise ConfigError(f"checkpoints kept = {keep}: at least 1 must be kept")
-        absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax tells its life at INFO and WARNING
+        restoring.quiet_orbax()
         self.workdir = workdir
         self.keep, self.best_metric, self.best_mode = keep, best_metric, best_mode
         self._max_failed, self._failed = max_failed_saves, 0

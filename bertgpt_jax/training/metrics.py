@@ -135,7 +135,7 @@ class MetricWriter:
             self._warned = True
 
     def log(self, step: int, values: Mapping[str, Any], timing: Mapping[str, Any] | None = None) -> None:
-        """A row of `values` (deterministic) to `metrics.jsonl`, one of `timing` to `timing.jsonl`, both to TensorBoard."""
+        """A row of `values` (no clocks) to `metrics.jsonl`, one of `timing` to `timing.jsonl`, both to TensorBoard."""
         self.last.update({key: to_number(value) for key, value in values.items()})
         if not self._primary:
             return

@@ -7,12 +7,16 @@ shapes and dtypes are compared before the arrays are read, and their fingerprint
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
+import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import absl.logging
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
@@ -79,6 +83,11 @@ def restore_latest_valid(workdir: epath.Path, abstract: Any) -> tuple[Any, dict[
     return None
 
 
+def quiet_orbax() -> None:
+    """Orbax tells its life at INFO and WARNING; what matters comes as an exception."""
+    absl.logging.set_verbosity(absl.logging.ERROR)
+
+
 def _survey(workdir: epath.Path) -> dict[str, Any]:
     """Sorts the step directories into whole meta data (newest first), damaged (step, reason) and interrupted saves."""
     metas, damaged, interrupted = [], [], []
@@ -136,6 +145,7 @@ def _read(workdir: epath.Path, meta: dict[str, Any], abstract: Any, partial: boo
     Raises:
         Damaged: in every process, if any could not read its part or if the fingerprint differs.
     """
+    quiet_orbax()
     flat = flatten(abstract)
     reason, arrays = "", None
     try:
@@ -153,7 +163,9 @@ def _read(workdir: epath.Path, meta: dict[str, Any], abstract: Any, partial: boo
     except (jax.errors.JaxRuntimeError, MemoryError, StorageError):
         raise  # no memory, or no access: says nothing about the checkpoint
     except Exception as error:  # Orbax has no error class for damage: JSONDecodeError, KeyError, ValueError, Exception
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        reason = _reason(error)
+    if reason:
+        _collect_unfinished_reads()
     if not processes.all_agree(not reason):
         raise files.Damaged(reason or "another process could not read its part")
     found = fingerprint_tree(arrays)
@@ -162,6 +174,24 @@ def _read(workdir: epath.Path, meta: dict[str, Any], abstract: Any, partial: boo
         shown = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
         raise files.Damaged(f"the fingerprint of {shown} differs from what was saved: its bits have changed")
     return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(abstract), [arrays[path] for path in flat])
+
+
+def _reason(error: Exception) -> str:
+    """An error of Orbax or TensorStore on one short line, without the specification they append."""
+    text = " ".join(str(error).split())
+    for tail in (" [tensorstore_spec", " [source locations", " See full TensorStore"):
+        text = text.partition(tail)[0]
+    return f"{type(error).__name__}: {text if len(text) <= 300 else text[:150] + ' ... ' + text[-150:]}"
+
+
+def _collect_unfinished_reads() -> None:
+    """Frees the reads that Orbax abandons when one fails: each would print a traceback at some later moment."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            gc.collect()
+    finally:
+        sys.unraisablehook = hook
 
 
 @contextlib.contextmanager

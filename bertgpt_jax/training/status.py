@@ -86,7 +86,7 @@ def _now() -> str:
 
 
 class RunLock:
-    """A workdir held by this run until `release`; made by `acquire`. A thread renews it: other hosts look at its age."""
+    """A workdir held by this run until `release`; made by `acquire`. A thread renews it: others look at its age."""
 
     def __init__(self, path: epath.Path, entry: dict[str, Any] | None):
         self._path, self._entry = path, entry

@@ -34,7 +34,9 @@ def _numpy_fingerprint(x: np.ndarray) -> int:
 
 
 @pytest.mark.filterwarnings("ignore:overflow")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int32", "uint32", "int8", "uint8", "float8_e4m3fn"])
+@pytest.mark.parametrize(
+    "dtype", ["float32", "bfloat16", "float16", "int32", "uint32", "int8", "uint8", "float8_e4m3fn"]
+)
 @pytest.mark.parametrize("shape", [(), (7,), (5, 3), (2, 3, 4)])
 def test_equals_the_definition(dtype: str, shape: tuple[int, ...]) -> None:
     bits = np.random.default_rng(0).integers(0, 256, (*shape, jnp.dtype(dtype).itemsize), np.uint8)

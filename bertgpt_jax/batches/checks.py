@@ -43,9 +43,11 @@ def check_settings(
         return
     if masking is None:
         raise ConfigError(f"examples '{kind}' need masking; for causal language modelling use windows")
-    tokenizer = getattr(corpus, "tokenizer", None)  # one made of lists has none
-    named = f" with the {tokenizer.kind} tokenizer" if tokenizer is not None else ""
-    corpus.special.require("pad", "cls", "sep", "mask", purpose=f"examples '{kind}'{named}")
+    purpose = f"examples '{kind}'"
+    if None in (corpus.special.pad, corpus.special.cls, corpus.special.sep, corpus.special.mask):
+        tokenizer = getattr(corpus, "tokenizer", None)  # a corpus made of lists has none
+        purpose += f" with the {tokenizer.kind} tokenizer" if tokenizer is not None else ""
+    corpus.special.require("pad", "cls", "sep", "mask", purpose=purpose)
 
 
 def check_split(corpus: Corpus, split: str) -> None:

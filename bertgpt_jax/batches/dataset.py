@@ -114,7 +114,7 @@ class Dataset:
         return self._rows.count(epoch)
 
     def epoch_of(self, n: int) -> float:
-        """Epochs seen before batch n, in closed form from the first epoch's rows (exact for fixed windows)."""
+        """Epochs seen before batch n, in closed form from the first epoch's rows (pairs: nearly exact)."""
         return n * self.batch_size / self.rows_per_epoch(0)
 
     # ------------------------------------------------------------ training batches

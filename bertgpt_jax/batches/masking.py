@@ -2,7 +2,8 @@
 
 The masks of an example depend on (seed, epoch, example index) and its tokens alone, so they are fresh every epoch and
 the same on every machine. Rules: google-research/bert `create_pretraining_data.py` (`create_masked_lm_predictions`);
-RoBERTa's restriction of random replacements to regular ids is `random_from="regular"`.
+RoBERTa's restriction of random replacements to regular ids is `random_from="regular"`. Special ids, [UNK] among them,
+are never predicted (BERT's script spares only [CLS] and [SEP], and so also asks for unknown words).
 """
 
 from __future__ import annotations
@@ -156,22 +157,25 @@ def _choose_words(keys: np.ndarray, wanted: np.ndarray, maskable: np.ndarray, wo
     after_gap = np.ones_like(maskable)
     after_gap[:, 1:] = ~maskable[:, :-1]
     start = maskable & (word_start | after_gap)
-    word = np.cumsum(start, axis=1) - 1 + length * np.arange(rows)[:, None]
-    size = np.bincount(word[maskable], minlength=rows * length).reshape(rows, length)
-    number = (word - length * np.arange(rows)[:, None]).clip(0)
-    order = np.sort(np.where(start, keys, _NEVER), axis=1)
-    taken = np.zeros((rows, length), bool)
-    count = np.zeros(rows, np.int64)
-    for rank in range(length):
-        key = order[:, rank]
-        if not ((key != _NEVER) & (count < wanted)).any():
+    number = np.cumsum(start, axis=1) - 1
+    row_base = length * np.arange(rows)[:, None]
+    size = np.bincount((number + row_base)[maskable], minlength=rows * length).reshape(rows, length)
+    keys = np.sort(np.where(start, keys, _NEVER), axis=1)
+    first = np.where(keys != _NEVER, keys & np.uint64(0xFFFFFFFF), 0).astype(np.int64)
+    word = np.take_along_axis(number, first, axis=1)
+    # the ranks lead, so that a step of the loop reads consecutive memory; what is no word never fits
+    size_by_rank = np.where(keys != _NEVER, np.take_along_axis(size, word, axis=1), length + 1).T.copy()
+    taken_by_rank = np.zeros((length, rows), bool)
+    left = wanted.copy()
+    for fits, this in zip(taken_by_rank, size_by_rank, strict=True):
+        np.less_equal(this, left, out=fits)
+        left -= this * fits
+        if not left.any():
             break
-        row = np.flatnonzero(key != _NEVER)
-        this = number[row, (key[row] & np.uint64(0xFFFFFFFF)).astype(np.int64)]
-        fits = count[row] + size[row, this] <= wanted[row]
-        count[row] += np.where(fits, size[row, this], 0)
-        taken[row, this] = fits
-    return maskable & np.take_along_axis(taken, number, axis=1)
+    taken = np.zeros((rows, length), bool)
+    rank, row = np.nonzero(taken_by_rank)
+    taken[row, word[row, rank]] = True
+    return maskable & np.take_along_axis(taken, number.clip(0), axis=1)
 
 
 def _hide(masking: Masking, tables: MaskTables, key: bits.Key, examples: np.ndarray, width: int) -> np.ndarray:

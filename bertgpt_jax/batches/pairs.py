@@ -195,7 +195,7 @@ class PairRows:
             )
 
     def count(self, epoch: int) -> int:
-        """Rows of an epoch: differs by a few, since the draws do."""
+        """Rows of an epoch: they vary with its draws, by some percent where documents are few and long."""
         return self._index.count(epoch)
 
     def spans(self, epoch: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

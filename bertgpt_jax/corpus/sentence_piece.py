@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
@@ -67,6 +68,10 @@ class SentencePiece(Tokenizer):
             else:
                 run.append(i)
         return " ".join([*parts, *([self._processor.decode(run)] if run else [])])
+
+    def lost_characters(self, text: str) -> Counter[str]:
+        found = Counter(text).items()
+        return Counter({c: n for c, n in found if not c.isspace() and not self._processor.normalize(c).strip("▁ ")})
 
     def token(self, id: int) -> str:
         return self._processor.id_to_piece(self.check_ids([id])[0])

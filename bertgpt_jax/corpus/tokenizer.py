@@ -10,12 +10,12 @@ import dataclasses
 import hashlib
 import json
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from bertgpt_jax.config import parse_json
 from bertgpt_jax.corpus.special import SpecialIds
 from bertgpt_jax.corpus.view import SENTENCE_START, WORD_START
 from bertgpt_jax.errors import ConfigError, DataError, StorageError
@@ -105,6 +105,10 @@ class Tokenizer:
         starts[begins] = True
         return starts
 
+    def lost_characters(self, text: str) -> Counter[str]:
+        """Characters of `text`, white space aside, that normalisation removes before pieces are looked for."""
+        return Counter()
+
     def special_mask(self) -> np.ndarray:
         """bool[vocab_size]: ids that are never masked and never drawn as a random replacement."""
         mask = np.zeros(self.vocab_size, bool)
@@ -181,8 +185,8 @@ def read_file(path: Path) -> bytes:
 def read_json(path: Path) -> dict:
     """A JSON object from a tokenizer file."""
     try:
-        tree = parse_json(read_file(path).decode("utf-8"), str(path))
-    except (UnicodeDecodeError, ConfigError) as error:
+        tree = json.loads(read_file(path))
+    except ValueError as error:
         raise DataError(f"tokenizer file {path} is damaged: {error}") from None
     if not isinstance(tree, dict):
         raise DataError(f"tokenizer file {path} holds {type(tree).__name__}, not an object")

@@ -29,6 +29,7 @@ class WordPiece(BackedTokenizer):
     def __init__(self, vocabulary: Sequence[str], special: SpecialIds, lowercase: bool, strip_accents: bool):
         self.vocab_size, self.special = len(vocabulary), special
         self._spellings = list(vocabulary)
+        self._strips = strip_accents
         self.files = {
             "vocab.txt": "".join(f"{token}\n" for token in vocabulary).encode(),
             CONFIG_FILE: config_file(self.kind, special, lowercase=lowercase, strip_accents=strip_accents),
@@ -47,6 +48,16 @@ class WordPiece(BackedTokenizer):
         if not hasattr(self, "_starts"):
             self._starts = np.array([not token.startswith("##") for token in self._spellings])
         return self._starts[ids]
+
+    def lost_characters(self, text: str) -> Counter[str]:
+        """Accents go with their letter (`é` becomes `e`): what counts is the mark of its decomposition."""
+        lost: Counter[str] = Counter()
+        normalizer = self._backend.normalizer
+        parts = unicodedata.normalize("NFD", text) if self._strips else text
+        for character, count in Counter(parts).items():
+            if not character.isspace() and not normalizer.normalize_str(character).strip():
+                lost[character] = count
+        return lost
 
 
 def _bert_normalizer(lowercase: bool, strip_accents: bool) -> normalizers.BertNormalizer:
@@ -172,16 +183,3 @@ def _by_frequency(pieces: set[str], words: Counter[str], config: WordPieceConfig
     used = np.bincount(ids, weights=repeats, minlength=counter.vocab_size)[len(SPECIAL_TOKENS) :]
     order = sorted(range(len(draft)), key=lambda i: (-used[i], draft[i].encode()))
     return [draft[i] for i in order]
-
-
-def lost_characters(text: str, lowercase: bool, strip_accents: bool) -> Counter[tuple[str, str]]:
-    """Characters that BERT's normalisation removes: (Unicode category, character) to count.
-
-    Accents go with their letter (`é` becomes `e`): the mark of its decomposition is what is lost.
-    """
-    lost: Counter[tuple[str, str]] = Counter()
-    normalizer = _bert_normalizer(lowercase, strip_accents)
-    for character, count in Counter(unicodedata.normalize("NFD", text) if strip_accents else text).items():
-        if not character.isspace() and not normalizer.normalize_str(character).strip():
-            lost[unicodedata.category(character), character] += count
-    return lost

@@ -1,0 +1,291 @@
+"""Building a tokenised corpus: plan, tokenizer, shards, manifest; each step is skipped if it is already there."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from bertgpt_jax.config import identity
+from bertgpt_jax.corpus.cleaning import CHANGES, DROPS
+from bertgpt_jax.corpus.config import CorpusConfig
+from bertgpt_jax.corpus.kinds import load_tokenizer, open_tokenizer, train_tokenizer
+from bertgpt_jax.corpus.memory import peak_resident_bytes
+from bertgpt_jax.corpus.plan import Plan, make_plan, plan_to_json
+from bertgpt_jax.corpus.pool import Pool
+from bertgpt_jax.corpus.reader import FORMAT_VERSION, MANIFEST, CorpusReader, content_fingerprint, read_manifest
+from bertgpt_jax.corpus.shards import sample_shard, tokenise_shard
+from bertgpt_jax.corpus.store import read_done, shard_name
+from bertgpt_jax.corpus.tokenizer import CONFIG_FILE, Tokenizer
+from bertgpt_jax.errors import ConfigError, DataError, StorageError
+
+PLAN_FILE = "plan.json"
+_COLUMNS = ("documents", "train_documents", "tokens", "train_tokens", "bytes", "train_bytes", "sentences", "unknown")
+
+Report = Callable[[str], None]
+
+
+def open_corpus(config: CorpusConfig, cache_root: str | Path, progress: bool | Report = True) -> CorpusReader:
+    """The corpus of a config: the prepared directory `config.path` names, or one prepared below `cache_root`.
+
+    Prepared corpora lie in `cache_root/<first 12 digits of the request>`, so equal settings over equal sources are
+    prepared once.
+    """
+    prepared = _prepared_path(config)
+    if prepared is not None:
+        reader = CorpusReader(prepared)
+        _check_tokenizer(reader, config)
+        return reader
+    plan = make_plan(config)
+    return CorpusReader(_build(plan, Path(cache_root) / plan.request[:12], progress))
+
+
+def prepare_corpus(config: CorpusConfig, out: str | Path, progress: bool | Report = True) -> Path:
+    """Makes the tokenised corpus `out`; returns at once if it is there, continues if it is half there.
+
+    Args:
+        progress: a bar on a terminal (lines elsewhere) and a closing report; a function gets the report's lines.
+
+    Raises:
+        ConfigError: `out` holds a corpus of other settings; the source path is wrong.
+        DataError: a source or tokenizer file is damaged, or no document is left after cleaning.
+        StorageError: something cannot be read or written. PeerError: a worker died.
+    """
+    return _build(make_plan(config), Path(out), progress)
+
+
+def _prepared_path(config: CorpusConfig) -> Path | None:
+    if not isinstance(config.path, str) or not config.path:
+        return None
+    path = Path(config.path).expanduser()
+    if (path / MANIFEST).is_file():
+        return path
+    if (path / PLAN_FILE).is_file() and (path / "tokenizer").is_dir():
+        read_manifest(path)  # says that it is unfinished
+    return None
+
+
+def _check_tokenizer(reader: CorpusReader, config: CorpusConfig) -> None:
+    """A prepared corpus brings its tokenizer; a config that names another one contradicts it."""
+    if config.tokenizer.path and open_tokenizer(config.tokenizer).sha256 != reader.manifest["tokenizer"]["sha256"]:
+        raise ConfigError(
+            f"tokenizer.path = '{config.tokenizer.path}' is not the tokenizer of the prepared corpus {reader.path}; "
+            "drop one of the two settings"
+        )
+
+
+def _build(plan: Plan, out: Path, progress: bool | Report) -> Path:
+    report = progress if callable(progress) else _print_line if progress else lambda line: None
+    if (out / MANIFEST).is_file():
+        _check_same(read_manifest(out)["request"], plan, out)
+        return out
+    if (out / PLAN_FILE).is_file():
+        _check_same(_request_of(out / PLAN_FILE), plan, out)
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists and is no tokenised corpus; choose an empty directory")
+    started = time.monotonic()
+    workers = plan.config.workers if plan.config.workers >= 0 else os.cpu_count() or 1
+    workers = min(workers, len(plan.shards))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        _write_atomically(out / PLAN_FILE, plan_to_json(plan))
+        _remove_leftovers(out)
+    except OSError as error:
+        raise StorageError(f"{out}: cannot be written ({error.strerror})") from None
+    with ExitStack() as stack:
+        pool = stack.enter_context(Pool(workers, out / PLAN_FILE, out)) if workers else None
+        tokenizer = _ensure_tokenizer(plan, out, pool, report)
+        peak = _tokenise_missing(plan, out, tokenizer, pool, show=progress is True, report=report)
+    manifest = _manifest(plan, out, tokenizer)
+    if not sum(manifest["shards"]["documents"]):
+        raise DataError(_nothing_left(manifest["cleaning"]))
+    _write_atomically(out / MANIFEST, json.dumps(manifest, ensure_ascii=False) + "\n")
+    for line in _report_lines(manifest, time.monotonic() - started, peak, out):
+        report(line)
+    return out
+
+
+def _print_line(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, "utf-8")
+    os.replace(temporary, path)
+
+
+def _request_of(path: Path) -> str:
+    try:
+        return json.loads(path.read_text())["request"]
+    except (OSError, ValueError, KeyError):
+        raise StorageError(f"{path}: cannot be read; delete its directory and prepare again") from None
+
+
+def _check_same(request: str, plan: Plan, out: Path) -> None:
+    if request != plan.request:
+        raise ConfigError(
+            f"{out} holds a corpus of other sources or settings ({request[:12]}, asked for {plan.request[:12]}); "
+            "choose another directory or delete it"
+        )
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Deletes temporary directories whose process is gone."""
+    for path in out.glob(".*"):
+        pid = path.name.rpartition(".")[2]
+        if pid.isdigit() and int(pid) != os.getpid() and not _alive(int(pid)):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+# ---------------------------------------------------------------- tokenizer
+
+
+def _ensure_tokenizer(plan: Plan, out: Path, pool: Pool | None, report: Report) -> Tokenizer:
+    """The tokenizer in `out/tokenizer`: there already, loaded, or trained on the train documents."""
+    target = out / "tokenizer"
+    if (target / CONFIG_FILE).is_file():
+        return load_tokenizer(target)
+    if plan.config.tokenizer.path:
+        tokenizer = open_tokenizer(plan.config.tokenizer)
+    else:
+        started = time.monotonic()
+        texts = sample_texts(plan, pool, plan.config.tokenizer.sample_bytes)
+        tokenizer = train_tokenizer(texts, plan.config.tokenizer)
+        seconds = time.monotonic() - started
+        report(f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} pieces, trained in {seconds:.1f} s")
+    temporary = target.with_name(f".tokenizer.{os.getpid()}")
+    tokenizer.save(temporary)
+    try:
+        os.rename(temporary, target)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return load_tokenizer(target)
+
+
+def sample_texts(plan: Plan, pool: Pool | None, max_bytes: int, max_documents: int = 1 << 62) -> list[str]:
+    """Train documents, at most about `max_bytes` of them: an equal share from the start of every shard."""
+    count = len(plan.shards)
+    share, documents = -(-max_bytes // count), -(-max_documents // count)
+    if pool is None:
+        return [text for i in range(count) for text in sample_shard(plan, i, share, documents)][:max_documents]
+    commands = ({"sample": i, "bytes": share, "documents": documents} for i in range(count))
+    found = {command["sample"]: answer["texts"] for command, answer in pool.run(commands, lambda a: "texts" in a)}
+    return [text for i in range(count) for text in found[i]][:max_documents]
+
+
+# ---------------------------------------------------------------- shards
+
+
+def _tokenise_missing(
+    plan: Plan, out: Path, tokenizer: Tokenizer, pool: Pool | None, show: bool, report: Report
+) -> dict[str, int]:
+    """Tokenises the shards that are not finished; returns the peak resident bytes of workers and of this process."""
+    count = len(plan.shards)
+    missing = [i for i in range(count) if not _finished(plan, out, i)]
+    if len(missing) < count:
+        report(f"continuing: {count - len(missing)} of {count} shards are finished")
+    peak = {"worker": 0}
+    bar = tqdm(total=len(missing), unit="shard", disable=not (show and sys.stderr.isatty()), desc="tokenising")
+    with bar:
+        if pool is None:
+            for index in missing:
+                tokenise_shard(plan, index, tokenizer, out)
+                bar.update()
+        else:
+            size, started = 0, time.monotonic()
+            for _, answer in pool.run(({"tokenise": i} for i in missing), lambda a: "done" in a):
+                size += answer.get("progress", 0)
+                bar.set_postfix_str(f"{size / 1e6 / (time.monotonic() - started):.1f} MB/s", refresh=False)
+                if "done" in answer:
+                    peak["worker"] = max(peak["worker"], answer["peak_bytes"])
+                    bar.update()
+    peak["parent"] = peak_resident_bytes()
+    return peak
+
+
+def _finished(plan: Plan, out: Path, index: int) -> bool:
+    """Whether a shard is there; one that is damaged or of another request is removed."""
+    directory = out / shard_name(index, len(plan.shards))
+    row = read_done(directory)
+    if row is not None and row.get("request") == plan.request:
+        return True
+    shutil.rmtree(directory, ignore_errors=True)
+    return False
+
+
+# ---------------------------------------------------------------- manifest
+
+
+def _manifest(plan: Plan, out: Path, tokenizer: Tokenizer) -> dict[str, Any]:
+    rows = [read_done(out / shard_name(i, len(plan.shards))) or {} for i in range(len(plan.shards))]
+    cleaning: Counter[str] = Counter()
+    for row in rows:
+        cleaning.update(row["cleaning"])
+    shards = {name: [row[name] for row in rows] for name in (*_COLUMNS, "sha256")}
+    manifest: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "request": plan.request,
+        "config": identity(plan.config),
+        "tokenizer": {
+            "kind": tokenizer.kind,
+            "sha256": tokenizer.sha256,
+            "vocab_size": tokenizer.vocab_size,
+            "special": dataclasses.asdict(tokenizer.special),
+            "files": sorted(tokenizer.files),
+        },
+        "sources": {
+            "name": [f.name for f in plan.files],
+            "format": [f.format for f in plan.files],
+            "size": [f.size for f in plan.files],
+            "digest": [f.digest for f in plan.files],
+        },
+        "cleaning": dict(sorted(cleaning.items())),
+        "totals": {name: sum(shards[name]) for name in _COLUMNS},
+        "shards": shards,
+    }
+    return manifest | {"fingerprint": content_fingerprint(manifest)}
+
+
+def _nothing_left(cleaning: dict[str, int]) -> str:
+    dropped = ", ".join(f"{name} {cleaning[name]}" for name in DROPS if cleaning.get(name)) or "none was found"
+    return f"corpus.path: no document is left of {cleaning.get('documents_read', 0)} read (dropped: {dropped})"
+
+
+def _report_lines(manifest: dict[str, Any], seconds: float, peak: dict[str, int], out: Path) -> list[str]:
+    totals, cleaning = manifest["totals"], manifest["cleaning"]
+    tokens = totals["tokens"] - totals["documents"]
+    held_out = totals["documents"] - totals["train_documents"]
+    dropped = [f"{name} {cleaning[name]:,}" for name in DROPS if cleaning.get(name)]
+    changed = [f"{name} {cleaning[name]:,}" for name in CHANGES if cleaning.get(name)]
+    return [
+        f"corpus {out}: {manifest['fingerprint'][:12]}, {len(manifest['shards']['tokens'])} shards",
+        f"  documents  {totals['documents']:,} ({held_out:,} held out) of {cleaning.get('documents_read', 0):,} read",
+        f"  dropped    {', '.join(dropped) or 'none'}",
+        f"  changed    {', '.join(changed) or 'none'}",
+        f"  sentences  {totals['sentences']:,}",
+        f"  tokens     {tokens:,} ({tokens / max(1, totals['bytes']):.3f} a byte of {totals['bytes']:,})",
+        f"  unknown    {totals['unknown']:,} ({totals['unknown'] / max(1, tokens):.3%})",
+        f"  speed      {seconds:.1f} s, {totals['bytes'] / 1e6 / seconds:.2f} MB/s, {tokens / seconds:,.0f} tokens/s",
+        f"  memory     {peak['worker'] / 1e6:,.0f} MB a worker, {peak['parent'] / 1e6:,.0f} MB here (peak resident)",
+    ]

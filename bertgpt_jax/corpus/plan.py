@@ -1,0 +1,95 @@
+"""What a build does, decided before it starts: the files, the shards, and a fingerprint of both."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from bertgpt_jax.config import build, fingerprint, identity
+from bertgpt_jax.corpus.config import CorpusConfig
+from bertgpt_jax.corpus.files import SourceFile, cut_file, find_files
+from bertgpt_jax.corpus.kinds import open_tokenizer
+
+FORMAT_VERSION = 1
+MIN_SHARD_BYTES = 4_000_000
+"""Small sources are cut no finer than this, for parallel work, and no coarser than a sixteenth of their size."""
+_GZIP_RATIO = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Bytes `[lo, hi)` of the uncompressed file number `file`."""
+
+    file: int
+    lo: int
+    hi: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A build.
+
+    Attributes:
+        config: what was asked for.
+        files: the source files, in order.
+        shards: the pieces each shard is made of.
+        request: sha256 (hex) of all that decides the result: sources, settings, the tokenizer's files.
+    """
+
+    config: CorpusConfig
+    files: tuple[SourceFile, ...]
+    shards: tuple[tuple[Piece, ...], ...]
+    request: str
+
+    def shard_size(self, index: int) -> int:
+        """Uncompressed bytes of a shard's pieces."""
+        return sum(piece.hi - piece.lo for piece in self.shards[index])
+
+
+def make_plan(config: CorpusConfig) -> Plan:
+    """Finds the files, cuts them into shards of at most `shard_bytes` (a document is never cut)."""
+    files = find_files(config)
+    estimate = sum(f.size * (_GZIP_RATIO if f.path.endswith(".gz") else 1) for f in files)
+    target = min(config.shard_bytes, max(MIN_SHARD_BYTES, estimate // 16))
+    shards: list[tuple[Piece, ...]] = []
+    held: list[Piece] = []
+    size = 0
+    for number, file in enumerate(files):
+        for lo, hi in cut_file(file, target, config.separator):
+            if held and size + hi - lo > target:
+                shards.append(tuple(held))
+                held, size = [], 0
+            held.append(Piece(number, lo, hi))
+            size += hi - lo
+    shards.append(tuple(held))
+    return Plan(config, files, tuple(shards), _request(config, files))
+
+
+def _request(config: CorpusConfig, files: tuple[SourceFile, ...]) -> str:
+    vocabulary = open_tokenizer(config.tokenizer).sha256 if config.tokenizer.path else ""
+    sources = [[f.name, f.format, f.size, f.digest] for f in files]
+    return fingerprint([FORMAT_VERSION, identity(config), sources, vocabulary])
+
+
+def plan_to_json(plan: Plan) -> str:
+    """The plan as a worker reads it."""
+    tree = {
+        "config": plan.config.model_dump(mode="json"),
+        "files": [dataclasses.astuple(f) for f in plan.files],
+        "shards": [[dataclasses.astuple(p) for p in pieces] for pieces in plan.shards],
+        "request": plan.request,
+    }
+    return json.dumps(tree) + "\n"
+
+
+def plan_from_json(path: Path) -> Plan:
+    """A plan that `plan_to_json` wrote to `path`."""
+    tree: dict[str, Any] = json.loads(path.read_text())
+    return Plan(
+        build(CorpusConfig, tree["config"], str(path)),
+        tuple(SourceFile(*f) for f in tree["files"]),
+        tuple(tuple(Piece(*p) for p in pieces) for pieces in tree["shards"]),
+        tree["request"],
+    )

@@ -1,0 +1,65 @@
+"""A process that works on shards: `python -m bertgpt_jax.corpus.worker PLAN OUT`.
+
+Commands come as JSON lines on standard input, answers go as JSON lines to standard output:
+
+    {"sample": 3, "bytes": 100000, "documents": 1000}  ->  {"texts": [...]}
+    {"tokenise": 3}                                    ->  {"progress": 512000} ... {"done": 3}
+
+`{"error": message, "exit_code": 65}` answers a command that failed. The process ends at the end of its input, that is
+also when its parent dies. It is started anew rather than forked or spawned by multiprocessing, which would import the
+parent's main module and with it jax.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+from bertgpt_jax.corpus.kinds import load_tokenizer
+from bertgpt_jax.corpus.memory import peak_resident_bytes
+from bertgpt_jax.corpus.plan import Plan, plan_from_json
+from bertgpt_jax.corpus.shards import sample_shard, tokenise_shard
+from bertgpt_jax.corpus.tokenizer import Tokenizer
+from bertgpt_jax.errors import UserError
+
+
+def main() -> int:
+    """Answers commands until the input ends."""
+    plan, out = plan_from_json(Path(sys.argv[1])), Path(sys.argv[2])
+    parent = os.getppid()
+    tokenizer: Tokenizer | None = None
+    for line in sys.stdin:
+        command = json.loads(line)
+        try:
+            if "tokenise" in command:
+                tokenizer = tokenizer or load_tokenizer(out / "tokenizer")
+                _tokenise(plan, command["tokenise"], tokenizer, out, parent)
+            else:
+                _answer({"texts": sample_shard(plan, command["sample"], command["bytes"], command["documents"])})
+        except UserError as error:
+            _answer({"error": str(error), "exit_code": error.exit_code})
+        except Exception:
+            _answer({"error": traceback.format_exc(), "exit_code": 1})
+    return 0
+
+
+def _tokenise(plan: Plan, index: int, tokenizer: Tokenizer, out: Path, parent: int) -> None:
+    def progress(size: int) -> None:
+        if os.getppid() != parent:
+            os._exit(0)
+        _answer({"progress": size})
+
+    tokenise_shard(plan, index, tokenizer, out, progress)
+    _answer({"done": index, "peak_bytes": peak_resident_bytes(), "jax": "jax" in sys.modules})
+
+
+def _answer(value: dict) -> None:
+    sys.stdout.write(json.dumps(value) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "models": {"models", "nn", *BASE},
     "parallel": {"parallel", "nn", *BASE},
     "objectives": {"objectives", "models", "nn", "batches", "corpus", *BASE},
-    "training": {"training", "parallel", "objectives", "models", "nn", "batches", "corpus", *BASE},
+    "training": {"training", "evaluation", "parallel", "objectives", "models", "nn", "batches", "corpus", *BASE},
     "transfer": {"transfer", "training", "parallel", "objectives", "models", "nn", "batches", "corpus", *BASE},
     "evaluation": {"evaluation", "training", "parallel", "objectives", "models", "nn", "batches", "corpus", *BASE},
 }
@@ -150,6 +150,17 @@ def test_the_rules_are_enforced(place: str, source: str, complaint: str) -> None
     known = all((PACKAGE / name).exists() for name in ("corpus", "batches", "parallel", "commands"))
     assert known, "a folder that the rules speak of is gone"
     assert any(complaint in line for line in violations(target, source))
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    paths = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in modules()}
+    graph: dict[str, set[str]] = {}
+    for name, path in paths.items():
+        found = {i for node in at_import_time(ast.parse(path.read_text("utf-8"))) for i in imports(node, path)}
+        graph[name] = {m for i in found for m in (i, i.rpartition(".")[0]) if m in paths} - {name}
+    while leaves := {name for name, targets in graph.items() if not targets}:
+        graph = {name: targets - leaves for name, targets in graph.items() if name not in leaves}
+    assert graph == {}, "these modules form a cycle, or import one"
 
 
 def test_what_is_allowed_passes() -> None:

@@ -135,7 +135,7 @@ def test_pytest_reads_these_settings(pytestconfig: pytest.Config) -> None:
 @pytest.mark.parametrize("path", ALL_PYTHON, ids=relative)
 def test_files_and_functions_stay_short(path: Path) -> None:
     source = path.read_text("utf-8")
-    assert source.count("\n") <= 400
+    assert source.count("\n") <= (600 if path.is_relative_to(ROOT / "tests") else 400)
     functions = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
     assert [f"{f.name}: {f.end_lineno - f.lineno + 1}" for f in functions if f.end_lineno - f.lineno >= 80] == []
 

@@ -46,9 +46,12 @@ def evaluate_workdir(
         raise ConfigError(f"'{workdir}' is not the workdir of a run: it has no {resume.CONFIG_FILE}")
     config = build(RunConfig, tree, str(workdir / resume.CONFIG_FILE))
     execution = config.execution.model_dump(mode="json") | {"mesh": MeshConfig().model_dump()}
-    config = with_changes(config, {"execution": execution})
     meta = read_meta(workdir, _step(which, read_status(workdir) or {}))
     stage = _find_stage(config, stage_name or meta["stage"])
+    devices = jax.device_count()  # rows are frozen whatever the batch, so it may be rounded to what the mesh divides
+    fitting = stage.model_dump(mode="json") | {"batch_size": -(-stage.batch_size // devices) * devices, "microbatches": 1}
+    config = with_changes(config, {"execution": execution, "stages": [fitting]})
+    stage = config.stages[0]
 
     recorded = storage.read_json(workdir / "corpus.json") or {}
     corpus = CorpusReader(corpus_path or recorded.get("path", ""))
@@ -59,8 +62,7 @@ def evaluate_workdir(
         )
     program = setup.make_program(config, make_mesh(config.execution.mesh))
     state, _ = restore(workdir, {"params": program.abstract_state["params"]}, meta["step"], partial=True)
-    datasets = setup.make_datasets(with_changes(config, {"stages": [stage.model_dump(mode="json")]}), corpus, Path(corpus.path) / "rows")
-    train, held_out = datasets[0]
+    train, held_out = setup.make_datasets(config, corpus, Path(corpus.path) / "rows")[0]
     step = setup.lower_eval_step(program, stage).compile()
     metrics = evaluate_stage(program, held_out, step, state["params"], batches)
     if config.objective.masking is not None:
@@ -72,7 +74,7 @@ def evaluate_workdir(
         "rows": rows,
         "metrics": metrics,
         "evaluation_fingerprint": held_out.eval_fingerprint(),
-        "devices": jax.device_count(),
+        "devices": devices,
     }
 
 

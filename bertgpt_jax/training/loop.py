@@ -113,38 +113,50 @@ class Loop:
         first, last = self.step - stage.start, stage.stop - stage.start
         return prefetch(build, first, last, self._execution.data_threads, self._execution.prefetch)
 
-    def _log(self, stage: Stage, metrics: dict[str, jax.Array] | None, evaluation: dict[str, float] | None = None) -> None:
-        """Writes the row of `self.step`: a step's own metrics, never an average, so that any resume repeats it."""
-        values = {} if metrics is None else {f"train/{k}": float(v) for k, v in jax.device_get(metrics).items()}
-        for name in ("learning_rate", "grad_norm", "param_norm", "skipped"):
-            if f"train/{name}" in values:
-                values[f"optim/{name}"] = values.pop(f"train/{name}")
-        if values.get("optim/skipped", 0) >= self._execution.max_skipped:
+    def _log(self, stage: Stage, metrics: dict[str, Any], evaluation: Callable[[], dict | None] | None = None) -> bool:
+        """Writes the row of `self.step`: a step's own metrics, never an average, so that any resume repeats it.
+
+        Args:
+            metrics: of the step; fetching them waits for it, so that the clock is right.
+            evaluation: computes what is logged in the same row; if it gives None (asked to stop) nothing is written.
+
+        Returns:
+            whether the row was written.
+        """
+        values = step_values(jax.device_get(metrics))
+        timing = self._clock.interval(self.step, flops_per_token(self.program, stage))
+        if values["optim/skipped"] >= self._execution.max_skipped:
             raise Diverged(
                 f"{int(values['optim/skipped'])} updates in a row up to step {self.step} had a loss or gradient that is "
                 f"not finite (train/loss {values['train/loss']}); lower schedule.peak, lengthen warmup_steps, or look at "
                 "the batches; the last checkpoint is from before"
             )
-        timing = self._clock.interval(self.step, flops_per_token(self.program, stage))
-        if values:
-            values["train/tokens_seen"] = self._tokens_seen()
-        values |= {f"eval/{k}": v for k, v in (evaluation or {}).items()}
-        self._writer.log(self.step, values, timing)
-        if metrics is not None:
+        values["train/tokens_seen"] = self._tokens_seen()
+        if self.step % self._execution.log_every == 0:
             self._writer.print(self.step, console_fields(values, timing))
+        if evaluation is not None:
+            result = evaluation()
+            if result is None:
+                return False
+            values |= {f"eval/{name}": value for name, value in result.items()}
+        self._writer.log(self.step, values, timing)
+        return True
 
     def _evaluate(self, stage: Stage, eval_step: Callable) -> bool:
-        """Evaluates the held-out split and logs it beside the step's own metrics; False if asked to stop meanwhile."""
+        """Evaluates the held-out split, logged beside the step's own metrics; False if asked to stop meanwhile."""
         limit = self._execution.eval_batches
-        with self._clock.paused():
-            result = evaluate_stage(self.program, stage.held_out, eval_step, self.state["params"], limit, self._stop_asked)
-        if result is None:
+
+        def evaluation() -> dict[str, float] | None:
+            with self._clock.paused():
+                held_out = stage.held_out
+                return evaluate_stage(self.program, held_out, eval_step, self.state["params"], limit, self._stop_asked)
+
+        if not self._log(stage, self._pending, evaluation):
             return False
-        pending, self._pending = self._pending, None
-        self._evaluation = {f"eval/{name}": value for name, value in result.items()}
-        self._log(stage, pending, result)
+        self._pending = None
         self._writer.join()
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in result.items())
+        self._evaluation = {name: value for name, value in self._writer.last.items() if name.startswith("eval/")}
+        shown = ", ".join(f"{name.removeprefix('eval/')} {value:.4f}" for name, value in self._evaluation.items())
         self._writer.say(f"step {self.step:,} held out: {shown}")
         return True
 
@@ -205,6 +217,12 @@ def flops_per_token(program: Program, stage: Stage) -> tuple[float, float]:
     scored = program.config.objective.scored_share(length)
     model = program.config.model
     return model.flops_per_token(length, scored, halved=True), model.flops_per_token(length, scored, halved=False)
+
+
+def step_values(metrics: dict[str, Any]) -> dict[str, float]:
+    """A step's metrics under the names they are logged with."""
+    optimizer = ("learning_rate", "grad_norm", "param_norm", "skipped")
+    return {f"{'optim' if name in optimizer else 'train'}/{name}": float(value) for name, value in metrics.items()}
 
 
 def console_fields(values: dict[str, float], timing: dict[str, float]) -> dict[str, Any]:

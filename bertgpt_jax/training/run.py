@@ -178,10 +178,11 @@ class _Session:
         program, execution = self.program, self.program.config.execution
         lies = jax.tree.map(lambda x: x.sharding, program.abstract_state)
         held = bytes_per_device(program.abstract_state, lies) / 2**20
+        mesh = ",".join(f"{axis}={size}" for axis, size in program.mesh.shape.items() if size > 1) or "data=1"
         devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         self.say(
             f"{program.config.model.kind} {program.parameters / 1e6:.2f}M parameters, {program.config.objective.kind}, "
-            f"{devices}, mesh {execution.mesh.describe()}, {execution.compute.dtype}, state {held:.0f} MiB a device"
+            f"{devices}, mesh {mesh}, {execution.compute.dtype}, state {held:.0f} MiB a device"
         )
         for stage in self.stages:
             steps = stage.stop - stage.start

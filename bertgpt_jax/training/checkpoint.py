@@ -29,6 +29,7 @@ from bertgpt_jax.training import restore as restoring
 from bertgpt_jax.training.checkpoint_files import list_steps, read_meta
 from bertgpt_jax.training.fingerprint import combine, describe_leaves, fingerprint_vector, flatten
 from bertgpt_jax.training.restore import restore, restore_latest_valid
+from bertgpt_jax.training.rows import to_number
 
 __all__ = ["Checkpoints", "list_steps", "read_meta", "restore", "restore_latest_valid"]
 
@@ -121,7 +122,8 @@ class Checkpoints:
         """
         self._collect()
         arrays, fingerprints = self._take_snapshot(flatten(state))
-        meta = {**_describe(arrays, fingerprints), **meta}
+        metrics = {name: to_number(value) for name, value in (meta.get("metrics") or {}).items()}
+        meta = {**_describe(arrays, fingerprints), **meta, "metrics": metrics}
         size = sum(x.nbytes for x in arrays.values())
         try:
             if not processes.on_primary(self._prepare, step, meta, size):

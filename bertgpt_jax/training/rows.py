@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -13,9 +12,7 @@ from etils import epath
 
 from bertgpt_jax.training import storage
 
-log = logging.getLogger(__name__)
-
-SEGMENT_ROWS = 512
+SEGMENT_ROWS = 2048
 """Rows of one object; a flush rewrites at most the last one."""
 
 
@@ -33,8 +30,9 @@ def to_number(value: Any) -> float | int | None:
 class RowLog:
     """`<name>.jsonl` without append: segments of rows are rewritten whole, and joined when asked.
 
-    `<name>/<index of its first row>.jsonl` are the segments. They are written one at a time and never together with the
-    joined file, so that whenever the writer is killed, every row that was joined is whole in one of them.
+    `<name>/<index of its first row>.jsonl` are the segments; the last one is rewritten as it grows. Segments and joined
+    file are never written together, and neither unless the other is whole: whenever, and however often, the writer is
+    killed, every row that was joined is whole in one of them.
 
     Args:
         workdir: where.
@@ -45,21 +43,35 @@ class RowLog:
     def __init__(self, workdir: epath.Path, name: str, restored_step: int | None):
         self._joined = workdir / f"{name}.jsonl"
         self._segments = workdir / name
-        found = read_lines(workdir, name)
         limit = -1 if restored_step is None else restored_step
+        segmented = _segmented_lines(self._segments)
+        found = max(_whole_lines(storage.read_text(self._joined)), segmented, key=len)
         self._lines = [line for line in found if json.loads(line)["step"] <= limit]
-        self._flushed = 0
-        if found or storage.list_names(self._segments):
-            self._restart()
+        # what is not whole is repaired first, from the other
+        if segmented[: len(self._lines)] == self._lines:
+            self._repair_joined()
+            self._repair_segments()
+        else:
+            self._repair_segments()
+            self._repair_joined()
+        self._flushed = len(self._lines)
 
-    def _restart(self) -> None:
-        """Makes the objects agree with the rows kept; the joined file first, while the segments are still whole."""
-        self._write_joined()
-        starts = [(int(n.removesuffix(".jsonl")), n) for n in _segment_names(self._segments)]
-        for start, name in sorted(starts, reverse=True):
-            if start >= len(self._lines):
+    def _repair_joined(self) -> None:
+        text = _text(self._lines)
+        if (storage.read_text(self._joined) or "") != text:
+            storage.write_text(self._joined, text)
+
+    def _repair_segments(self) -> None:
+        for name in reversed(_segment_names(self._segments)):
+            if int(name.removesuffix(".jsonl")) >= len(self._lines):
                 storage.delete(self._segments / name)
-        self.flush()
+        for start in range(0, len(self._lines), SEGMENT_ROWS):
+            path, text = self._segment(start), _text(self._lines[start : start + SEGMENT_ROWS])
+            if storage.read_text(path) != text:
+                storage.write_text(path, text)
+
+    def _segment(self, start: int) -> epath.Path:
+        return self._segments / f"{start:09d}.jsonl"
 
     def rows(self) -> list[dict[str, Any]]:
         """All rows so far, as dicts."""
@@ -76,15 +88,12 @@ class RowLog:
         while self._flushed < len(self._lines):
             start = self._flushed // SEGMENT_ROWS * SEGMENT_ROWS
             rows = self._lines[start : start + SEGMENT_ROWS]
-            storage.write_text(self._segments / f"{start:09d}.jsonl", _text(rows))
+            storage.write_text(self._segment(start), _text(rows))
             self._flushed = start + len(rows)
 
     def join(self) -> None:
         """`flush`, then writes the joined file. Raises `StorageError`."""
         self.flush()
-        self._write_joined()
-
-    def _write_joined(self) -> None:
         storage.write_text(self._joined, _text(self._lines))
 
 
@@ -110,22 +119,17 @@ def _whole_lines(text: str | None) -> list[str]:
     return lines
 
 
-def read_lines(workdir: epath.Path, name: str) -> list[str]:
-    """The rows of `<name>.jsonl` as lines of JSON, also those of segments not joined yet, without what is torn."""
-    lines = _whole_lines(storage.read_text(workdir / f"{name}.jsonl"))
-    for segment in _segment_names(workdir / name):
-        start = int(segment.removesuffix(".jsonl"))
-        if start + SEGMENT_ROWS <= len(lines):
-            continue
-        if start > len(lines):
-            log.warning("%s/%s: rows %d to %d are missing", name, segment, len(lines), start)
+def _segmented_lines(directory: epath.Path) -> list[str]:
+    """The lines of all segments, up to what is missing or torn."""
+    lines: list[str] = []
+    for name in _segment_names(directory):
+        if int(name.removesuffix(".jsonl")) != len(lines):
             break
-        rows = _whole_lines(storage.read_text(workdir / name / segment))
-        if start + len(rows) > len(lines):
-            lines[start:] = rows
+        lines += _whole_lines(storage.read_text(directory / name))
     return lines
 
 
 def read_rows(workdir: epath.Path, name: str = "metrics") -> list[dict[str, Any]]:
-    """The rows of a run's `metrics.jsonl` or `timing.jsonl` as dicts, finished or not."""
-    return [json.loads(line) for line in read_lines(workdir, name)]
+    """The rows of `metrics.jsonl` or `timing.jsonl` as dicts, also those not joined yet, without what is torn."""
+    joined = _whole_lines(storage.read_text(workdir / f"{name}.jsonl"))
+    return [json.loads(line) for line in max(joined, _segmented_lines(workdir / name), key=len)]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bertgpt_jax.errors import StorageError
@@ -79,10 +79,18 @@ def _kill_at_write(patch: pytest.MonkeyPatch, number: int, kept: float) -> None:
     patch.setattr(MetricWriter, "_warning", lambda self, what: io.StringIO())
 
 
+_WRITES = st.one_of(st.integers(1, 6), st.integers(7, 60))
+_KILLS = st.lists(st.tuples(_WRITES, st.sampled_from([0.0, 0.4, 0.99, 1.0])), min_size=1, max_size=4)
+
+
 @settings(max_examples=40, deadline=None)
-@given(kills=st.lists(st.tuples(st.integers(1, 60), st.sampled_from([0.0, 0.4, 0.99, 1.0])), min_size=1, max_size=4))
+@example(kills=[(60, 1.0), (3, 0.0), (1, 0.4), (2, 0.0)], flush_seconds=0.0)
+@given(kills=_KILLS, flush_seconds=st.sampled_from([0.0, 1e9]))
 def test_killed_in_any_write_and_resumed_gives_the_same_bytes(
-    kills: list[tuple[int, float]], undisturbed: bytes, tmp_path_factory: pytest.TempPathFactory
+    kills: list[tuple[int, float]],
+    flush_seconds: float,
+    undisturbed: bytes,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     workdir = tmp_path_factory.mktemp("killed")
     with pytest.MonkeyPatch.context() as patch:
@@ -91,7 +99,7 @@ def test_killed_in_any_write_and_resumed_gives_the_same_bytes(
             with pytest.MonkeyPatch.context() as deadly:
                 _kill_at_write(deadly, number, kept)
                 try:
-                    _train(workdir, 60, _latest(workdir))
+                    _train(workdir, 60, _latest(workdir), flush_seconds)
                 except _Killed:
                     continue
         _train(workdir, 60, _latest(workdir))

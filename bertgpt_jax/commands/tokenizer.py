@@ -70,7 +70,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from bertgpt_jax.corpus.builder import sample_texts
     from bertgpt_jax.corpus.config import CorpusConfig
     from bertgpt_jax.corpus.kinds import train_tokenizer
-    from bertgpt_jax.corpus.plan import make_plan
+    from bertgpt_jax.corpus.plan import find_request, make_plan
 
     if arguments.sample is not None and arguments.sample < 1:
         raise UsageError(f"--sample {arguments.sample}: must be at least 1 document")
@@ -81,7 +81,7 @@ def _train(arguments: argparse.Namespace) -> int:
     if config.tokenizer.path:
         raise UsageError(f"tokenizer.path = '{config.tokenizer.path}' is to load; train makes a new one, drop it")
     documents = arguments.sample or 1 << 62
-    texts = sample_texts(make_plan(config), None, config.tokenizer.sample_bytes, documents)
+    texts = sample_texts(make_plan(config, *find_request(config)), None, config.tokenizer.sample_bytes, documents)
     tokenizer = train_tokenizer(texts, config.tokenizer)
     tokenizer.save(arguments.out)
     size = sum(len(text.encode()) for text in texts)
@@ -142,10 +142,11 @@ def _decode(arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace) -> int:
     from bertgpt_jax.corpus.builder import sample_texts
     from bertgpt_jax.corpus.config import CorpusConfig
-    from bertgpt_jax.corpus.plan import make_plan
+    from bertgpt_jax.corpus.plan import find_request, make_plan
 
     tokenizer = _open(arguments)
-    texts = sample_texts(make_plan(CorpusConfig(path=arguments.source)), None, 100_000_000, arguments.sample)
+    config = CorpusConfig(path=arguments.source)
+    texts = sample_texts(make_plan(config, *find_request(config)), None, 100_000_000, arguments.sample)
     lost: Counter[str] = Counter()
     unknown = tokens = characters = words = exact = 0
     for text in texts:

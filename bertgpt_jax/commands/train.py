@@ -30,7 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workdir", help="where everything of the run is written (default: runs/NAME)")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config as JSON and stop")
     parser.add_argument("--dry-run", action="store_true", help="print sizes, FLOPs, memory and shardings and stop")
-    parser.add_argument("--allow-change", default="", metavar="KEYS", help="identity settings that may differ on resume")
+    parser.add_argument(
+        "--allow-change", default="", metavar="KEYS", help="identity settings that may differ on resume"
+    )
     parser.add_argument("--from-step", type=int, metavar="N", help="go on from checkpoint N; newer ones are set aside")
     add_platform(parser)
     return run_command(_train, parser, argv)

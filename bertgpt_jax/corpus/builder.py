@@ -19,9 +19,10 @@ from tqdm import tqdm
 from bertgpt_jax.config import identity
 from bertgpt_jax.corpus.cleaning import CHANGES, DROPS
 from bertgpt_jax.corpus.config import CorpusConfig
+from bertgpt_jax.corpus.files import SourceFile
 from bertgpt_jax.corpus.kinds import load_tokenizer, open_tokenizer, train_tokenizer
 from bertgpt_jax.corpus.memory import peak_resident_bytes
-from bertgpt_jax.corpus.plan import Plan, make_plan, plan_to_json
+from bertgpt_jax.corpus.plan import Plan, find_request, make_plan, plan_to_json
 from bertgpt_jax.corpus.pool import Pool
 from bertgpt_jax.corpus.reader import FORMAT_VERSION, MANIFEST, CorpusReader, content_fingerprint, read_manifest
 from bertgpt_jax.corpus.shards import sample_shard, tokenise_shard
@@ -46,8 +47,8 @@ def open_corpus(config: CorpusConfig, cache_root: str | Path, progress: bool | R
         reader = CorpusReader(prepared)
         _check_tokenizer(reader, config)
         return reader
-    plan = make_plan(config)
-    return CorpusReader(_build(plan, Path(cache_root) / plan.request[:12], progress))
+    files, request = find_request(config)
+    return CorpusReader(_build(config, files, request, Path(cache_root) / request[:12], progress))
 
 
 def prepare_corpus(config: CorpusConfig, out: str | Path, progress: bool | Report = True) -> Path:
@@ -61,7 +62,7 @@ def prepare_corpus(config: CorpusConfig, out: str | Path, progress: bool | Repor
         DataError: a source or tokenizer file is damaged, or no document is left after cleaning.
         StorageError: something cannot be read or written. PeerError: a worker died.
     """
-    return _build(make_plan(config), Path(out), progress)
+    return _build(config, *find_request(config), Path(out), progress)
 
 
 def _prepared_path(config: CorpusConfig) -> Path | None:
@@ -84,16 +85,19 @@ def _check_tokenizer(reader: CorpusReader, config: CorpusConfig) -> None:
         )
 
 
-def _build(plan: Plan, out: Path, progress: bool | Report) -> Path:
+def _build(
+    config: CorpusConfig, files: tuple[SourceFile, ...], request: str, out: Path, progress: bool | Report
+) -> Path:
     report = progress if callable(progress) else _print_line if progress else lambda line: None
     if (out / MANIFEST).is_file():
-        _check_same(read_manifest(out)["request"], plan, out)
+        _check_same(read_manifest(out)["request"], request, out)
         return out
     if (out / PLAN_FILE).is_file():
-        _check_same(_request_of(out / PLAN_FILE), plan, out)
+        _check_same(_request_of(out / PLAN_FILE), request, out)
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is no tokenised corpus; choose an empty directory")
     started = time.monotonic()
+    plan = make_plan(config, files, request)
     workers = plan.config.workers if plan.config.workers >= 0 else os.cpu_count() or 1
     workers = min(workers, len(plan.shards))
     try:
@@ -132,10 +136,10 @@ def _request_of(path: Path) -> str:
         raise StorageError(f"{path}: cannot be read; delete its directory and prepare again") from None
 
 
-def _check_same(request: str, plan: Plan, out: Path) -> None:
-    if request != plan.request:
+def _check_same(found: str, request: str, out: Path) -> None:
+    if found != request:
         raise ConfigError(
-            f"{out} holds a corpus of other sources or settings ({request[:12]}, asked for {plan.request[:12]}); "
+            f"{out} holds a corpus of other sources or settings ({found[:12]}, asked for {request[:12]}); "
             "choose another directory or delete it"
         )
 

@@ -48,9 +48,16 @@ class Plan:
         return sum(piece.hi - piece.lo for piece in self.shards[index])
 
 
-def make_plan(config: CorpusConfig) -> Plan:
-    """Finds the files, cuts them into shards of at most `shard_bytes` (a document is never cut)."""
+def find_request(config: CorpusConfig) -> tuple[tuple[SourceFile, ...], str]:
+    """The source files and the fingerprint of the request; reads little of large files."""
     files = find_files(config)
+    vocabulary = open_tokenizer(config.tokenizer).sha256 if config.tokenizer.path else ""
+    sources = [[f.name, f.format, f.size, f.digest] for f in files]
+    return files, fingerprint([FORMAT_VERSION, identity(config), sources, vocabulary])
+
+
+def make_plan(config: CorpusConfig, files: tuple[SourceFile, ...], request: str) -> Plan:
+    """Cuts the files into shards of at most `shard_bytes` (a document is never cut); decompresses gzip files once."""
     estimate = sum(f.size * (_GZIP_RATIO if f.path.endswith(".gz") else 1) for f in files)
     target = min(config.shard_bytes, max(MIN_SHARD_BYTES, estimate // 16))
     shards: list[tuple[Piece, ...]] = []
@@ -64,13 +71,7 @@ def make_plan(config: CorpusConfig) -> Plan:
             held.append(Piece(number, lo, hi))
             size += hi - lo
     shards.append(tuple(held))
-    return Plan(config, files, tuple(shards), _request(config, files))
-
-
-def _request(config: CorpusConfig, files: tuple[SourceFile, ...]) -> str:
-    vocabulary = open_tokenizer(config.tokenizer).sha256 if config.tokenizer.path else ""
-    sources = [[f.name, f.format, f.size, f.digest] for f in files]
-    return fingerprint([FORMAT_VERSION, identity(config), sources, vocabulary])
+    return Plan(config, files, tuple(shards), request)
 
 
 def plan_to_json(plan: Plan) -> str:

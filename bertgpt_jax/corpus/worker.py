@@ -53,7 +53,7 @@ def _tokenise(plan: Plan, index: int, tokenizer: Tokenizer, out: Path, parent: i
         _answer({"progress": size})
 
     tokenise_shard(plan, index, tokenizer, out, progress)
-    _answer({"done": index, "peak_bytes": peak_resident_bytes(), "jax": "jax" in sys.modules})
+    _answer({"done": index, "peak_bytes": peak_resident_bytes()})
 
 
 def _answer(value: dict) -> None:

@@ -49,7 +49,10 @@ def evaluate_workdir(
     meta = read_meta(workdir, _step(which, read_status(workdir) or {}))
     stage = _find_stage(config, stage_name or meta["stage"])
     devices = jax.device_count()  # rows are frozen whatever the batch, so it may be rounded to what the mesh divides
-    fitting = stage.model_dump(mode="json") | {"batch_size": -(-stage.batch_size // devices) * devices, "microbatches": 1}
+    fitting = stage.model_dump(mode="json") | {
+        "batch_size": -(-stage.batch_size // devices) * devices,
+        "microbatches": 1,
+    }
     config = with_changes(config, {"execution": execution, "stages": [fitting]})
     stage = config.stages[0]
 

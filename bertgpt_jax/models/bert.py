@@ -22,9 +22,13 @@ class BertConfig(BlockConfig):
     """A BERT. Defaults are BERT-base's (google-research/bert `modeling.py` BertConfig, layer_norm)."""
 
     kind: Literal["bert"] = "bert"
-    vocab_size: int | None = Field(default=None, ge=1, description="rows of the token table; None: the tokenizer's size")
+    vocab_size: int | None = Field(
+        default=None, ge=1, description="rows of the token table; None: the tokenizer's size"
+    )
     max_positions: int = Field(default=512, ge=1, description="sequence positions, the offset's rows not counted")
-    position_offset: int = Field(default=0, ge=0, description="2 for RoBERTa: fairseq numbers positions from pad id + 1")
+    position_offset: int = Field(
+        default=0, ge=0, description="2 for RoBERTa: fairseq numbers positions from pad id + 1"
+    )
     type_vocab_size: int = Field(default=2, ge=0, description="0 leaves out token types")
     next_sentence_head: bool = Field(default=True, description="pooler and next-sentence classifier")
     num_layers: int = Field(default=12, ge=1)
@@ -114,7 +118,12 @@ class Bert(nn.Module):
         return self.next_sentence(jnp.tanh(self.pooler(x_BTD[:, 0])))
 
     def __call__(
-        self, tokens_BT: Tokens, positions_BT: Tokens, types_BT: Tokens | None, mask: AttentionMask, mask_positions_BP: Array
+        self,
+        tokens_BT: Tokens,
+        positions_BT: Tokens,
+        types_BT: Tokens | None,
+        mask: AttentionMask,
+        mask_positions_BP: Array,
     ) -> tuple[Array, Array | None]:
         """(masked-LM logits [B, P, V], next-sentence logits [B, 2] or None without that head), compute dtype."""
         x_BTD = self.encode(tokens_BT, positions_BT, types_BT, mask)

@@ -19,7 +19,9 @@ class GptConfig(BlockConfig):
     """A GPT. Defaults are GPT-2 small's (openai/gpt-2 `src/model.py`, `hparams.json`)."""
 
     kind: Literal["gpt"] = "gpt"
-    vocab_size: int | None = Field(default=None, ge=1, description="rows of the token table; None: the tokenizer's size")
+    vocab_size: int | None = Field(
+        default=None, ge=1, description="rows of the token table; None: the tokenizer's size"
+    )
     max_positions: int = Field(default=1024, ge=1)
     num_layers: int = Field(default=12, ge=1)
     hidden_size: int = Field(default=768, ge=1)

@@ -40,7 +40,10 @@ class CausalLM(Config):
 
     def abstract_batch(self, rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and dtypes of a batch."""
-        ids, weights = jax.ShapeDtypeStruct((rows, length), jnp.int32), jax.ShapeDtypeStruct((rows, length), jnp.float32)
+        ids, weights = (
+            jax.ShapeDtypeStruct((rows, length), jnp.int32),
+            jax.ShapeDtypeStruct((rows, length), jnp.float32),
+        )
         return {"tokens": ids, "positions": ids, "targets": ids, "weights": weights}
 
     def model_inputs(self, batch: Batch) -> tuple:

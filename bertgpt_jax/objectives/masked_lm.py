@@ -18,7 +18,7 @@ from bertgpt_jax.shapes import Array, Params
 
 
 class MaskedLM(Config):
-    """Batch: `tokens`, `positions`, `segments` int32 [B, T]; `mask_positions`, `mask_labels` int32 and `mask_weights` fp32 [B, P]."""
+    """Batch: int32 `tokens`, `positions`, `segments` [B, T] and `mask_positions`, `mask_labels` [B, P], fp32 `mask_weights`."""
 
     kind: Literal["masked_lm"] = "masked_lm"
     examples: FullDocuments = FullDocuments()

@@ -18,9 +18,9 @@ from bertgpt_jax.shapes import Array, Params
 
 
 class MaskedLMNSP(Config):
-    """Batch: that of `MaskedLM` plus `types` int32 [B, T], `next_labels` int32 [B] (1 = random), `next_weights` fp32 [B].
+    """Batch: that of `MaskedLM` plus int32 `types` [B, T], `next_labels` [B] (1 = random) and fp32 `next_weights` [B].
 
-    The masked loss is divided by the masked positions of the whole batch. (The original on TPU averages per-core means.)
+    The masked loss is divided by the masked positions of the whole batch (the original on TPU averages per-core means).
     """
 
     kind: Literal["masked_lm_nsp"] = "masked_lm_nsp"

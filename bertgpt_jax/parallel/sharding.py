@@ -32,12 +32,20 @@ def mesh_context(mesh: Mesh):
 
 def path_name(path: tuple) -> str:
     """`layers/attention/query/kernel` for a jax key path."""
-    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def flatten(tree: PyTree) -> dict[str, Any]:
-    """Path name -> leaf, in the tree's order."""
-    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    """Path name -> leaf, in the tree's order; the names are the keys of checkpoints and exports."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    flat = {path_name(path): leaf for path, leaf in leaves}
+    assert len(flat) == len(leaves), "two leaves of the tree have one path"
+    return flat
+
+
+def unboxed(tree: PyTree) -> PyTree:
+    """A parameter tree without the logical axes that `Module.init` boxes its leaves with."""
+    return nn.unbox(tree)
 
 
 def parameter_shardings(abstract_params: PyTree, mesh: Mesh) -> PyTree:
@@ -125,8 +133,8 @@ def check_batch(batch_size: int, microbatches: int, mesh: Mesh, name: str) -> No
 
 
 def sharded_init(init: Callable[[], PyTree], shardings: PyTree) -> PyTree:
-    """`init()` computed straight into its shardings; logical-axis boxes are removed."""
-    return jax.jit(lambda: nn.unbox(init()), out_shardings=shardings)()
+    """`init()` computed straight into its shardings."""
+    return jax.jit(init, out_shardings=shardings)()
 
 
 def bytes_per_device(abstract: PyTree, shardings: PyTree) -> int:

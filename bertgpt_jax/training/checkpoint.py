@@ -23,11 +23,12 @@ from orbax.checkpoint.options import AtomicityMode, AtomicityOptions
 
 import bertgpt_jax
 from bertgpt_jax.errors import ConfigError, StorageError, UserError
+from bertgpt_jax.parallel.sharding import flatten
 from bertgpt_jax.training import checkpoint_files as files
 from bertgpt_jax.training import processes, storage
 from bertgpt_jax.training import restore as restoring
 from bertgpt_jax.training.checkpoint_files import list_steps, read_meta
-from bertgpt_jax.training.fingerprint import combine, describe_leaves, fingerprint_vector, flatten
+from bertgpt_jax.training.fingerprint import combine, describe_leaves, fingerprint_vector
 from bertgpt_jax.training.restore import restore, restore_latest_valid
 from bertgpt_jax.training.rows import to_number
 

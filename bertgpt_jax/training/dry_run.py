@@ -22,10 +22,13 @@ def describe(config: RunConfig) -> str:
         ConfigError: whatever would stop the run before its data is read.
     """
     assumed = config.model.vocab_size or getattr(config.corpus.tokenizer, "vocab_size", 256)
-    program = make_program(with_vocabulary(config, min(assumed, config.model.vocab_size or assumed)), make_mesh(config.execution.mesh))
+    program = make_program(
+        with_vocabulary(config, min(assumed, config.model.vocab_size or assumed)), make_mesh(config.execution.mesh)
+    )
     sizes = ", ".join(f"{axis}={size}" for axis, size in program.mesh.shape.items())
     lines = [
-        f"model        {config.model.kind}, {program.parameters:,} parameters, vocabulary {program.config.model.vocab_size:,}"
+        f"model        {config.model.kind}, {program.parameters:,} parameters, "
+        f"vocabulary {program.config.model.vocab_size:,}"
         + ("" if config.model.vocab_size else " (assumed; the tokenizer decides)"),
         f"mesh         {sizes} on {jax.device_count()} x {jax.devices()[0].device_kind}",
         *_bytes(program),
@@ -47,7 +50,10 @@ def _bytes(program: Program) -> list[str]:
         }
         total = parts["params"] * 2 + parts["optimizer"]  # gradients lie as the parameters do
         text = ", ".join(f"{name} {size / 2**20:,.1f} MiB" for name, size in parts.items())
-        rows.append(f"a device     {stage.name}: {text}, gradients {parts['params'] / 2**20:,.1f} MiB; {total / 2**20:,.1f} MiB without activations")
+        rows.append(
+            f"a device     {stage.name}: {text}, gradients {parts['params'] / 2**20:,.1f} MiB; "
+            f"{total / 2**20:,.1f} MiB without activations"
+        )
     return rows
 
 
@@ -58,7 +64,11 @@ def _stage(program: Program, stage) -> list[str]:
     halved, full = (model.flops_per_token(length, scored, halved=h) for h in (True, False))
     tokens = stage.batch_size * length
     steps = stage.steps or (stage.tokens and math.ceil(stage.tokens / tokens))
-    lasts = f"{steps:,} steps, {steps * tokens:,} tokens, {halved * steps * tokens:.3g} FLOPs" if steps else f"{stage.epochs} epochs"
+    lasts = (
+        f"{steps:,} steps, {steps * tokens:,} tokens, {halved * steps * tokens:.3g} FLOPs"
+        if steps
+        else f"{stage.epochs} epochs"
+    )
     return [
         f"stage        {stage.name}: {lasts}; batch {stage.batch_size} x {length} = {short_number(tokens)} tokens",
         f"             {halved / 1e9:.4g} GFLOP a token (attention in full: {full / 1e9:.4g})",

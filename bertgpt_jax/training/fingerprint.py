@@ -16,15 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, UInt32
 
+from bertgpt_jax.parallel.sharding import flatten
+
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
-
-
-def flatten(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree by path (`params/layers/mlp/w`, `optimizer/0/mu/...`), in the tree's order."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    flat = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-    assert len(flat) == len(leaves), "two leaves of the tree have one path"
-    return flat
 
 
 def _mix(x: Array) -> Array:

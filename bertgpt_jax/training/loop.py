@@ -127,9 +127,9 @@ class Loop:
         timing = self._clock.interval(self.step, flops_per_token(self.program, stage))
         if values["optim/skipped"] >= self._execution.max_skipped:
             raise Diverged(
-                f"{int(values['optim/skipped'])} updates in a row up to step {self.step} had a loss or gradient that is "
-                f"not finite (train/loss {values['train/loss']}); lower schedule.peak, lengthen warmup_steps, or look at "
-                "the batches; the last checkpoint is from before"
+                f"{int(values['optim/skipped'])} updates in a row up to step {self.step} had a loss or gradient that "
+                f"is not finite (train/loss {values['train/loss']}); lower schedule.peak, lengthen warmup_steps, or "
+                "look at the batches; the last checkpoint is from before"
             )
         values["train/tokens_seen"] = self._tokens_seen()
         if self.step % self._execution.log_every == 0:
@@ -186,7 +186,9 @@ class Loop:
 
     def _tokens_seen(self) -> int:
         """Input positions of all batches up to `self.step`, padding included."""
-        return sum(s.train.tokens_per_batch * (min(self.step, s.stop) - s.start) for s in self.stages if s.start < self.step)
+        return sum(
+            s.train.tokens_per_batch * (min(self.step, s.stop) - s.start) for s in self.stages if s.start < self.step
+        )
 
 
 def evaluate_stage(
@@ -197,7 +199,7 @@ def evaluate_stage(
     limit: int | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
-    """Held-out metrics of a stage (`evaluation.held_out.evaluate`), plus perplexity and bits per byte for causal models."""
+    """Held-out metrics of a stage (`held_out.evaluate`), with perplexity and bits per byte for causal models."""
     rows = local_rows(program.mesh, data.batch_size)
 
     def batch(i: int) -> dict[str, jax.Array]:

@@ -1,4 +1,4 @@
-"""Optimizers: optax's, and what it lacks. Each config builds a transformation whose updates are scaled by the rate later.
+"""Optimizers: optax's, and what it lacks.
 
 `build()` returns a transformation for a learning rate of 1: the step multiplies its updates by the scheduled rate, so
 that the optimizer state holds nothing of the schedule.
@@ -27,7 +27,8 @@ class _Optimizer(Config):
 
     weight_decay: float = Field(default=0.01, ge=0, description="decoupled, times the learning rate")
     no_decay: tuple[str, ...] = Field(
-        default=("bias$", "scale$"), description="regexes of parameter paths left out; embeddings are decayed, as in BERT"
+        default=("bias$", "scale$"),
+        description="regexes of parameter paths left out; embeddings are decayed, as in BERT",
     )
     clip_norm: float | None = Field(default=1.0, gt=0, description="global gradient norm; null for none")
 

@@ -22,9 +22,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from bertgpt_jax.errors import ConfigError, DataError, StorageError
+from bertgpt_jax.parallel.sharding import flatten
 from bertgpt_jax.training import checkpoint_files as files
 from bertgpt_jax.training import processes, storage
-from bertgpt_jax.training.fingerprint import describe_leaves, fingerprint_tree, flatten
+from bertgpt_jax.training.fingerprint import describe_leaves, fingerprint_tree
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,9 @@ def run_identity(config: Config, corpus_fingerprint: str, tokenizer_sha256: str)
     return {"config": identity(config), "corpus": corpus_fingerprint, "tokenizer": tokenizer_sha256}
 
 
-def check_identity(workdir: epath.Path, new: dict[str, Any], allowed: tuple[str, ...] = ()) -> dict[str, tuple[Any, Any]]:
+def check_identity(
+    workdir: epath.Path, new: dict[str, Any], allowed: tuple[str, ...] = ()
+) -> dict[str, tuple[Any, Any]]:
     """Compares with the identity a workdir was begun with; returns the allowed differences, to be logged.
 
     Args:

@@ -123,9 +123,7 @@ class _Session:
         state, meta = self._start_state()
         step = meta["step"] if meta else 0
         self._describe(step, meta)
-        writer = MetricWriter(
-            self.workdir, restored_step=step if meta else None, total_steps=self.stages[-1].stop
-        )
+        writer = MetricWriter(self.workdir, restored_step=step if meta else None, total_steps=self.stages[-1].stop)
         loop: Loop | None = None
         reason, message = "failed", ""
         try:
@@ -139,7 +137,6 @@ class _Session:
                 self.program, self.stages, compiled, state, step, self.checkpoints, writer, self.guard,
                 self._meta(), (meta or {}).get("owed"),
             )  # fmt: skip
-            del state
             loop.run()
             reason = (self.guard.reason or "preempted") if loop.stopped else "finished"
         except UserError as error:
@@ -194,7 +191,8 @@ class _Session:
             )
         if meta:
             self.say(
-                f"resumed at step {step:,} (stage {meta['stage']}, fingerprint {meta['state_fingerprint'][:12]} verified)"
+                f"resumed at step {step:,} (stage {meta['stage']}, "
+                f"fingerprint {meta['state_fingerprint'][:12]} verified)"
             )
         else:
             self.say(f"fresh start in {self.workdir}")
@@ -248,7 +246,9 @@ class _Session:
                 f"asked to stop at step {loop.step:,} after {took}; saved to '{self.workdir}': the same command goes on"
             )
         loss = writer.last.get("eval/loss")
-        self.say(f"finished {loop.step:,} steps in {took}: held-out loss {loss:.4f}" if loss is not None else "finished")
+        self.say(
+            f"finished {loop.step:,} steps in {took}: held-out loss {loss:.4f}" if loss is not None else "finished"
+        )
         self.say(f"  checkpoints, metrics.jsonl, STATUS.json, TensorBoard events: {self.workdir}")
         self.say(f"  newest checkpoint {saved}, best {self.checkpoints.best()}")
         self.say(f"  next: python tools/evaluate.py {self.workdir}")

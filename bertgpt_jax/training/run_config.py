@@ -33,11 +33,15 @@ class StageConfig(Config):
 
     name: str = Field(default="pretrain", pattern=r"^[A-Za-z0-9_-]+$")
     steps: Annotated[int | None, EXECUTION] = Field(default=None, ge=1, description="updates")
-    tokens: Annotated[int | None, EXECUTION] = Field(default=None, ge=1, description="input positions, padding included")
+    tokens: Annotated[int | None, EXECUTION] = Field(
+        default=None, ge=1, description="input positions, padding included"
+    )
     epochs: Annotated[float | None, EXECUTION] = Field(default=None, gt=0, description="passes over the training split")
     sequence_length: int = Field(ge=8)
     batch_size: int = Field(ge=1, description="rows of the global batch")
-    microbatches: Annotated[int, EXECUTION] = Field(default=1, ge=1, description="the batch is computed in this many parts")
+    microbatches: Annotated[int, EXECUTION] = Field(
+        default=1, ge=1, description="the batch is computed in this many parts"
+    )
     optimizer: Optimizer = AdamW()
     schedule: Schedule = Linear()
     reset_optimizer: bool = False
@@ -62,11 +66,19 @@ class ExecutionConfig(Config):
     compute: ComputeConfig = ComputeConfig()
     distributed: DistributedConfig = DistributedConfig()
     log_every: int = Field(default=10, ge=1, description="steps between rows of metrics.jsonl")
-    eval_every: int | None = Field(default=None, ge=1, description="steps between evaluations; always one at a stage's end")
-    eval_batches: int | None = Field(default=None, ge=1, description="at most this many; null: the whole held-out split")
-    save_every: int | None = Field(default=None, ge=1, description="steps between checkpoints; always one at a stage's end")
+    eval_every: int | None = Field(
+        default=None, ge=1, description="steps between evaluations; always one at a stage's end"
+    )
+    eval_batches: int | None = Field(
+        default=None, ge=1, description="at most this many; null: the whole held-out split"
+    )
+    save_every: int | None = Field(
+        default=None, ge=1, description="steps between checkpoints; always one at a stage's end"
+    )
     keep: int = Field(default=2, ge=1, description="newest checkpoints kept, besides the best")
-    max_skipped: int = Field(default=5, ge=1, description="updates in a row that may be non-finite before the run stops")
+    max_skipped: int = Field(
+        default=5, ge=1, description="updates in a row that may be non-finite before the run stops"
+    )
     data_threads: int = Field(default=2, ge=0)
     prefetch: int = Field(default=4, ge=1, description="batches built ahead")
     compilation_cache: Literal["auto", "off"] = Field(
@@ -114,7 +126,8 @@ def _stage_problems(config: RunConfig) -> list[str]:
         length = stage.sequence_length
         if length > config.model.max_positions:
             problems.append(
-                f"stage '{stage.name}': sequence_length {length} exceeds model.max_positions {config.model.max_positions}"
+                f"stage '{stage.name}': sequence_length {length} exceeds "
+                f"model.max_positions {config.model.max_positions}"
             )
         if config.objective.kind == "masked_lm_nsp" and length < 16:
             problems.append(f"stage '{stage.name}': sentence pairs need sequence_length >= 16, not {length}")

@@ -1,4 +1,4 @@
-"""Everything between a config and the first step: what is trained, where it lies on the mesh, and the compiled steps."""
+"""Everything between a config and the first step: what is trained, where it lies on the mesh, compiled steps."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bertgpt_jax.batches.dataset import Dataset
@@ -51,7 +51,7 @@ class Program:
 
     config: RunConfig
     mesh: Mesh
-    model: nn.Module
+    model: Any
     abstract_state: PyTree
     init: Callable[[], PyTree]
 
@@ -67,7 +67,9 @@ class Program:
         return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies) for name, x in batch.items()}
 
 
-def make_datasets(config: RunConfig, corpus: Corpus, cache_dir: Path, debug: bool = False) -> list[tuple[Dataset, Dataset]]:
+def make_datasets(
+    config: RunConfig, corpus: Corpus, cache_dir: Path, debug: bool = False
+) -> list[tuple[Dataset, Dataset]]:
     """(train, held-out) datasets of every stage."""
 
     def make(stage: StageConfig, split: str) -> Dataset:
@@ -108,11 +110,11 @@ def make_program(config: RunConfig, mesh: Mesh) -> Program:
     rows = config.objective.abstract_batch(1, first.sequence_length)
 
     def init_params() -> PyTree:
-        batch = jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), rows)
+        batch = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), rows)
         return model.init(jax.random.key(config.seed), *config.objective.model_inputs(batch))["params"]
 
     def init() -> PyTree:
-        return init_state(nn.unbox(init_params()), first.optimizer.build())
+        return init_state(sharding.unboxed(init_params()), first.optimizer.build())
 
     where = sharding.parameter_shardings(jax.eval_shape(init_params), mesh)
     abstract = jax.eval_shape(init)

@@ -9,15 +9,15 @@ import jax.numpy as jnp
 import optax
 
 from bertgpt_jax.objectives.base import Batch, Objective, Sums, total_loss
-from bertgpt_jax.shapes import Array, Params, PyTree
+from bertgpt_jax.shapes import Array, Params
 from bertgpt_jax.training.optim import Optimizer
 from bertgpt_jax.training.schedules import Schedule
 
 State = dict[str, Any]
 """{"params", "optimizer", "step", "data_step", "carry", "extras"}, plain dicts, tuples and arrays.
 
-`step` counts updates made, `data_step` batches drawn; `extras` holds `stage_step` (updates in this stage, what schedules
-read) and `skipped` (updates left out in a row because they were not finite).
+`step` counts updates made, `data_step` batches drawn; `extras` holds `stage_step` (updates in this stage, what
+schedules read) and `skipped` (updates left out in a row because they were not finite).
 """
 
 
@@ -83,8 +83,15 @@ def gradients(
 
 
 def train_step(
-    state: State, batch: Batch, *, model: Any, objective: Objective, optimizer: Optimizer, schedule: Schedule,
-    microbatches: int, seed: int,
+    state: State,
+    batch: Batch,
+    *,
+    model: Any,
+    objective: Objective,
+    optimizer: Optimizer,
+    schedule: Schedule,
+    microbatches: int,
+    seed: int,
 ) -> tuple[State, dict[str, Array]]:
     """One update. Dropout depends on (seed, data_step, microbatch) alone.
 
@@ -96,9 +103,7 @@ def train_step(
     """
     params, extras = state["params"], state["extras"]
     key = jax.random.fold_in(jax.random.key(seed), state["data_step"])
-    grads, parts, metric_sums, carry = gradients(
-        model, objective, params, batch, state["carry"], key, microbatches
-    )
+    grads, parts, metric_sums, carry = gradients(model, objective, params, batch, state["carry"], key, microbatches)
     weights = objective.weights(batch)
     loss, grad_norm = total_loss(objective, parts, weights), optax.global_norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)

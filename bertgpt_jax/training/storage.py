@@ -25,7 +25,7 @@ from bertgpt_jax.errors import ConfigError, StorageError
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://(.*)$", re.DOTALL)
 _BUCKETS = {
     "gs": ("gcsfs", "pip install 'bertgpt_jax[gcs]'"),
-    "s3": ("s3fs", "pip install s3fs"),
+    "s3": ("s3fs", "pip install 'bertgpt_jax[s3]'"),
 }
 """Scheme of a bucket -> (module that serves it, how to get it)."""
 

@@ -1,4 +1,4 @@
-"""GPT-2 small (124M parameters) on any text, with nanoGPT's settings: OpenAI published the architecture, not the training.
+"""GPT-2 small (124M parameters) with nanoGPT's settings (OpenAI published the architecture, not the training).
 
 Paper:    Radford et al. 2019; karpathy/nanoGPT config/train_gpt2.py (0.5M tokens a batch, 600k steps)
 Command:  python tools/train.py configs/gpt/gpt2.py corpus.path='text/*.jsonl.gz' --workdir runs/gpt2

@@ -1,6 +1,6 @@
 """nanoGPT's CPU run: a character-level GPT on the works of Shakespeare.
 
-Paper:    karpathy/nanoGPT README, "I only have a macbook": 4 layers, 4 heads, width 128, context 64, batch 12, 2,000 steps
+Paper:    karpathy/nanoGPT README, "I only have a macbook": 4 layers, 4 heads, width 128, context 64, batch 12
 Command:  python tools/train.py configs/gpt/shakespeare_char.py corpus.path=input.txt --workdir runs/shakespeare
 Hardware: 2 CPU cores
 Time:     about 2 minutes

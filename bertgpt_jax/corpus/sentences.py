@@ -12,8 +12,10 @@ _SOFT = ".!?…．"
 _CLOSERS = "\"'”’»›)\\]}」』）】》〉"
 _OPENERS = "\"'“‘«‹([{「『（【《〈¿¡-–—*_"
 _PARAGRAPH = {True: r"\n[ \t]*(?=\n)", False: r"\n"}
-_ENDS = {
-    wrapped: re.compile(rf"([{_HARD}][{_HARD}{_SOFT}]*[{_CLOSERS}]*)|([{_SOFT}]+[{_CLOSERS}]*)(?=\s)|({paragraph})")
+_ENDS = {  # possessive, and never tried inside a run of marks: linear in the worst text
+    wrapped: re.compile(
+        rf"([{_HARD}][{_HARD}{_SOFT}]*+[{_CLOSERS}]*+)|((?<![{_SOFT}])[{_SOFT}]++[{_CLOSERS}]*+)(?=\s)|({paragraph})"
+    )
     for wrapped, paragraph in _PARAGRAPH.items()
 }
 _NEXT = re.compile(rf"\s*([{re.escape(_OPENERS)}]*)(\w*)")

@@ -18,7 +18,10 @@ from bertgpt_jax.shapes import Array, Params
 
 
 class MaskedLM(Config):
-    """Batch: int32 `tokens`, `positions`, `segments` [B, T] and `mask_positions`, `mask_labels` [B, P], fp32 `mask_weights`."""
+    """Batch: int32 `tokens`, `positions`, `segments` [B, T], `mask_positions`, `mask_labels` [B, P].
+
+    And fp32 `mask_weights` [B, P], 0 where a row has fewer predictions.
+    """
 
     kind: Literal["masked_lm"] = "masked_lm"
     examples: FullDocuments = FullDocuments()

@@ -59,10 +59,11 @@ class BertConfig(BlockConfig):
 
 SIZES = {
     "tiny": dict(num_layers=2, hidden_size=128, num_heads=2, intermediate_size=512),
+    "mini": dict(num_layers=4, hidden_size=256, num_heads=4, intermediate_size=1024),
     "base": dict(num_layers=12, hidden_size=768, num_heads=12, intermediate_size=3072),
     "large": dict(num_layers=24, hidden_size=1024, num_heads=16, intermediate_size=4096),
 }
-"""Published sizes: base 110M and large 340M (paper section 3), tiny from Turc et al. 2019."""
+"""Published sizes: base 110M and large 340M (paper section 3), tiny and mini from Turc et al. 2019."""
 
 
 class Bert(nn.Module):

@@ -14,6 +14,7 @@ VERBS = {
     "evaluate": "held-out loss, perplexity and accuracies of a workdir",
     "tokenizer": "train a tokenizer; encode, decode or check text with it",
     "prepare": "turn text into a tokenised corpus",
+    "curve": "draw learning curves to a PNG",
     "doctor": "versions, devices, storage, and what to install",
 }
 """Verb to its line of help; the code of `verb` is `bertgpt_jax/commands/verb.py`."""

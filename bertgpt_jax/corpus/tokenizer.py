@@ -27,7 +27,7 @@ MAX_FILE_BYTES = 256 << 20
 UNKNOWN_SPELLING = b"x"
 """An unknown character counts as a letter when words are looked for."""
 
-_SPACE, _LETTER, _DIGIT, _OTHER, _INSIDE, _CJK = range(6)
+_SPACE, _LETTER, _DIGIT, _OTHER, _INSIDE, _CJK, _ONE_SPACE = range(7)
 
 
 class Tokenizer:
@@ -90,8 +90,8 @@ class Tokenizer:
     def word_starts(self, ids: np.ndarray, begins: np.ndarray) -> np.ndarray:
         """bool per id: whether a word starts there; `begins` are the positions at which texts start.
 
-        A word is a run of letters or a run of digits with the space before it; a Chinese, Japanese or Korean ideograph
-        and every other character stand alone. Pieces that begin inside a character continue it.
+        A word is a run of letters or a run of digits, a Chinese or Japanese character or any other character, with the
+        one space before it. Pieces that begin inside a character continue it.
         """
         if not hasattr(self, "_pieces"):
             self._pieces = self.pieces()
@@ -99,9 +99,9 @@ class Tokenizer:
         before = np.empty_like(last)
         before[1:] = last[:-1]
         before[:1] = _SPACE
-        inside = (first == _INSIDE) | ((first == before) & ((first == _LETTER) | (first == _DIGIT)))
-        starts = ~inside | (before == _SPACE)
-        starts &= first != _INSIDE
+        inside = (first == before) & ((first == _LETTER) | (first == _DIGIT))
+        inside |= (first == _INSIDE) | ((before == _ONE_SPACE) & (first != _SPACE))
+        starts = ~inside
         starts[begins] = True
         return starts
 
@@ -156,6 +156,9 @@ def piece_classes(spellings: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
             first[number] = _CJK if 0xE3 <= spelling[0] <= 0xE9 else _LETTER
         else:
             first[number] = character_class(text[0])
+        if text in (" ", "▁"):
+            last[number] = _ONE_SPACE
+            continue
         last[number] = _INSIDE if not text or text[-1] == "\ufffd" else character_class(text[-1])
     return first, last
 

@@ -129,7 +129,7 @@ class _Session:
         try:
             self._status(step, "running", writer, None)
             if step >= self.stages[-1].stop:
-                self.say(f"nothing to do: '{self.workdir}' has finished its {step:,} steps")
+                self.say(f"nothing to do: '{self.workdir}' is at step {step:,} of {self.stages[-1].stop:,}")
                 reason = "finished"
                 return Finish(step, writer.last, self.checkpoints.latest())
             compiled = self._compile(step)
@@ -251,7 +251,8 @@ class _Session:
         )
         self.say(f"  checkpoints, metrics.jsonl, STATUS.json, TensorBoard events: {self.workdir}")
         self.say(f"  newest checkpoint {saved}, best {self.checkpoints.best()}")
-        self.say(f"  next: python tools/evaluate.py {self.workdir}")
+        self.say(f"  next: bertgpt evaluate {self.workdir}   (in a checkout: python tools/evaluate.py {self.workdir})")
+        self.say(f"        bertgpt curve {self.workdir} --out curve.png")
         return Finish(loop.step, writer.last, saved)
 
 

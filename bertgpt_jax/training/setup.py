@@ -70,9 +70,10 @@ class Program:
 def make_datasets(
     config: RunConfig, corpus: Corpus, cache_dir: Path, debug: bool = False
 ) -> list[tuple[Dataset, Dataset]]:
-    """(train, held-out) datasets of every stage."""
+    """(train, held-out) datasets of every stage; each stage has a seed of its own, lest it repeat the first's batches."""
 
-    def make(stage: StageConfig, split: str) -> Dataset:
+    def make(index: int, split: str) -> Dataset:
+        stage = config.stages[index]
         return Dataset(
             corpus,
             config.objective.examples,
@@ -80,12 +81,12 @@ def make_datasets(
             split=split,
             sequence_length=stage.sequence_length,
             batch_size=stage.batch_size,
-            seed=config.seed,
+            seed=config.seed + (index << 32),
             cache_dir=cache_dir,
             debug=debug,
         )
 
-    return [(make(stage, "train"), make(stage, "held_out")) for stage in config.stages]
+    return [(make(i, "train"), make(i, "held_out")) for i in range(len(config.stages))]
 
 
 def make_stages(config: RunConfig, datasets: list[tuple[Dataset, Dataset]]) -> list[Stage]:

@@ -148,28 +148,35 @@ def test_donating_the_state_right_after_save_does_not_change_what_is_saved(tmp_p
 # ---------------------------------------------------------------- damage
 
 
-def test_thirty_random_bit_flips_in_array_data_are_detected(workdir: Path, wanted: Any) -> None:
-    data = [p for p in (workdir / "checkpoints" / "3" / "state").rglob("d/*") if p.is_file()]
+def test_thirty_random_bit_flips_in_array_data_are_detected(tmp_path: Path) -> None:
+    """On leaves of 16 KiB a shard: small ones lie in TensorStore's index, which has a checksum of its own."""
     rng = np.random.default_rng(0)
-    silent, reasons = [], []
+    shard = NamedSharding(_mesh(8, 1), P("a"))
+    state = {f"w{i}": jax.device_put(rng.standard_normal((64, 512), np.float32), shard) for i in range(4)}
+    checkpoints = Checkpoints(epath.Path(tmp_path), 1)
+    checkpoints.save(state, 3, {})
+    checkpoints.close()
+    data = [p for p in (tmp_path / "checkpoints" / "3" / "state").rglob("d/*") if p.is_file()]
+    sizes = np.array([p.stat().st_size for p in data])
+    saved = state_fingerprint(state)
+    reasons = []
     for _ in range(30):
-        path = data[rng.integers(len(data))]
+        path = data[rng.choice(len(data), p=sizes / sizes.sum())]
         good = path.read_bytes()
         bad = bytearray(good)
-        place, bit = int(rng.integers(len(bad))), int(rng.integers(8))
-        bad[place] ^= 1 << bit
+        bad[int(rng.integers(len(bad)))] ^= 1 << int(rng.integers(8))
         path.write_bytes(bad)
         try:
-            state, meta = restore(epath.Path(workdir), wanted, 3)
-            if state_fingerprint(state) != state_fingerprint(_state(3, _mesh(4, 2))):
-                silent.append((path.name, place, bit))
+            restored, _ = restore(epath.Path(tmp_path), _abstract(state), 3)
+            assert state_fingerprint(restored) == saved, "another state came back and nobody said so"
+            reasons.append("harmless: no array has these bytes")
         except DataError as error:
+            assert "step 3" in str(error)
             reasons.append(str(error))
         path.write_bytes(good)
-    assert silent == []
-    assert all("step 3" in reason for reason in reasons)
-    assert any("fingerprint of" in reason for reason in reasons), "some flips must be of the kind Orbax lets through"
-    print(len(reasons), "detected,", sum("fingerprint of" in r for r in reasons), "by the fingerprint alone")
+    silent, harmless = (sum(word in reason for reason in reasons) for word in ("fingerprint of", "harmless"))
+    print(f"30 flips: {silent} seen by the fingerprint alone, {harmless} in bytes of no array, the others by Orbax")
+    assert silent > 10, "most flips must be of the kind that Orbax restores without an error"
 
 
 def test_arrays_that_differ_from_the_saved_fingerprint_are_refused(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ class Program:
 def make_datasets(
     config: RunConfig, corpus: Corpus, cache_dir: Path, debug: bool = False
 ) -> list[tuple[Dataset, Dataset]]:
-    """(train, held-out) datasets of every stage; each stage has a seed of its own, lest it repeat the first's batches."""
+    """(train, held-out) datasets of every stage; each with a seed of its own, lest it repeat the first."""
 
     def make(index: int, split: str) -> Dataset:
         stage = config.stages[index]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
 import socket
+from typing import Any
 
 import jax
 import numpy as np
 from pydantic import Field
 
-from bertgpt_jax.config import Config
+from bertgpt_jax.config import Config, differences
 from bertgpt_jax.errors import ConfigError, PeerError
 
 
@@ -65,19 +66,27 @@ def initialize(config: DistributedConfig) -> None:
     )
 
 
-def agree(facts: dict[str, str]) -> None:
-    """Stops unless every process brings the same value of every fact (config, data, tokenizer, code).
+def agree(facts: dict[str, Any]) -> None:
+    """Stops unless every process brings the same facts (settings, data, tokenizer, code); called by all of them.
+
+    Args:
+        facts: JSON tree.
 
     Raises:
-        PeerError: naming the first process and fact that differ from process 0's.
+        PeerError: in every process, naming the first process and fact that differ from process 0's.
     """
     if jax.process_count() == 1:
         return
     from jax.experimental import multihost_utils
 
-    digests = np.stack([np.frombuffer(hashlib.sha256(v.encode()).digest()[:8], np.uint32) for v in facts.values()])
-    everyone = np.asarray(multihost_utils.process_allgather(digests))
-    for process, theirs in enumerate(everyone):
-        for fact, mine, other in zip(facts, everyone[0], theirs, strict=True):
-            if not np.array_equal(mine, other):
-                raise PeerError(f"process {process} has another {fact} than process 0; start all with the same")
+    mine = np.frombuffer(json.dumps(facts).encode(), np.uint8)
+    sizes = np.asarray(multihost_utils.process_allgather(np.int32(mine.size)))
+    padded = np.zeros(sizes.max(), np.uint8)
+    padded[: mine.size] = mine
+    everyone = np.asarray(multihost_utils.process_allgather(padded))
+    first, *others = (json.loads(bytes(row[:size])) for row, size in zip(everyone, sizes, strict=True))
+    for process, theirs in enumerate(others, start=1):
+        for fact, (ours, other) in differences(first, theirs).items():
+            raise PeerError(
+                f"process {process} has {fact} = {other!r}, process 0 has {ours!r}; start all with the same"
+            )

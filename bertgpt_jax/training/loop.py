@@ -60,7 +60,8 @@ class Loop:
     def run(self) -> None:
         """Until the last stage ends or the run is asked to stop."""
         for stage, compiled in zip(self.stages, self.compiled, strict=True):
-            if self.step < stage.stop and not self.stopped:
+            owes = self.step == stage.stop and self._pending is not None  # stopped before its last evaluation
+            if (self.step < stage.stop or owes) and not self.stopped:
                 self._run_stage(stage, *compiled)
 
     def _run_stage(self, stage: Stage, train_step: Callable, eval_step: Callable) -> None:

@@ -69,11 +69,12 @@ def train(
     """
     begun = time.perf_counter()
     distributed.initialize(config.execution.distributed)
+    distributed.agree(_shared_facts(config) | {"workdir": workdir_text})
     workdir = storage.workdir_path(workdir_text)
     mesh = make_mesh(config.execution.mesh)
     for stage in config.stages:
         check_batch(stage.batch_size, stage.microbatches, mesh, f"stages.{stage.name}")
-    resume.check_identity(workdir, {"config": resume.identity(config)}, allow_change)
+    processes.on_primary(resume.check_identity, workdir, {"config": resume.identity(config)}, allow_change)
     use_compilation_cache(config, workdir)
 
     corpus = open_run_corpus(config, workdir)
@@ -82,8 +83,8 @@ def train(
     config = with_steps(config, [train.rows_per_epoch() for train, _ in datasets])
     stages = setup.make_stages(config, datasets)
     identity = resume.run_identity(config, corpus.fingerprint, corpus.tokenizer.sha256)
-    distributed.agree({"config": str(identity), "code": bertgpt_jax.__version__, "jax": jax.__version__})
-    changed = resume.check_identity(workdir, identity, allow_change)
+    distributed.agree(identity)
+    changed = processes.on_primary(resume.check_identity, workdir, identity, allow_change)
     program = setup.make_program(config, mesh)
 
     with status.acquire(workdir), PreemptionGuard() as guard:
@@ -93,6 +94,13 @@ def train(
         for path, (old, new) in changed.items():
             session.say(f"changed by --allow-change: {path}: {old!r} -> {new!r}")
         return session.run(begun)
+
+
+def _shared_facts(config: RunConfig) -> dict[str, Any]:
+    """What every process must bring alike: all settings but where the text lies and who is who."""
+    settings = config.model_dump(mode="json", exclude={"corpus": True, "execution": {"distributed"}})
+    corpus = resume.identity(config.corpus)
+    return settings | {"corpus": corpus, "bertgpt_jax": bertgpt_jax.__version__, "jax": jax.__version__}
 
 
 class _Session:
@@ -121,21 +129,25 @@ class _Session:
     def run(self, begun: float) -> Finish:
         """Restores or initialises, trains, and writes how it ended."""
         state, meta = self._start_state()
-        step = meta["step"] if meta else 0
+        step, owed = (meta["step"], meta.get("owed")) if meta else (0, None)
         self._describe(step, meta)
-        writer = MetricWriter(self.workdir, restored_step=step if meta else None, total_steps=self.stages[-1].stop)
+        writer = MetricWriter(
+            self.workdir,
+            restored_step=step - bool(owed) if meta else None,  # a row that is owed is written anew
+            total_steps=self.stages[-1].stop,
+        )
         loop: Loop | None = None
         reason, message = "failed", ""
         try:
             self._status(step, "running", writer, None)
-            if step >= self.stages[-1].stop:
+            if step >= self.stages[-1].stop and not owed:
                 self.say(f"nothing to do: '{self.workdir}' is at step {step:,} of {self.stages[-1].stop:,}")
                 reason = "finished"
                 return Finish(step, writer.last, self.checkpoints.latest())
-            compiled = self._compile(step)
+            compiled = self._compile(step - bool(owed))
             loop = Loop(
                 self.program, self.stages, compiled, state, step, self.checkpoints, writer, self.guard,
-                self._meta(), (meta or {}).get("owed"),
+                self._meta(), owed,
             )  # fmt: skip
             loop.run()
             reason = (self.guard.reason or "preempted") if loop.stopped else "finished"

@@ -24,11 +24,11 @@ def get_config() -> RunConfig:
         objective=MaskedLMNSP(),
         stages=(
             StageConfig(
-                steps=2_000,
+                steps=1_500,
                 sequence_length=128,
-                batch_size=32,
+                batch_size=16,
                 optimizer=AdamW(b2=0.98, eps=1e-6),
-                schedule=Linear(peak=1e-3, warmup_steps=200),
+                schedule=Linear(peak=1e-3, warmup_steps=150),
             ),
         ),
         execution=ExecutionConfig(log_every=20, eval_every=250, save_every=250),

@@ -129,7 +129,7 @@ def test_words_begin_where_words_begin(trained, shared_data):
     text = "Wonderful newest people, they differ: 12 of  345\nnow"
     cut = ["Wonderful", " newest", " people", ",", " they", " differ", ":", " 12", " of", " ", " 345", "\n", "now"]
     assert words(trained["byte_bpe"], text) == cut
-    assert words(trained["characters"], text.removesuffix("\nnow")) == cut[:-2]
+    assert words(trained["characters"], "people, they differ 12  345!") == ["people", ",", *cut[4:6], " 12", " ", " 345", "!"]
     assert [w.strip() for w in words(trained["sentencepiece"], "newest zzz, 12")] == ["newest", "[UNK]", ",", "12"]
     assert words(trained["characters"], "the newest!") == ["the", " newest", "!"]
     gpt2 = open_tokenizer(ByteBPEConfig(path=str(shared_data / "vocab" / "gpt2")))

@@ -41,12 +41,18 @@ def check_identity(
     changed = {path.removeprefix("config."): pair for path, pair in changed.items()}
     refused = {path: pair for path, pair in changed.items() if not any(_covers(name, path) for name in allowed)}
     if refused:
-        diff = "; ".join(f"{path}: {old!r} -> {new!r}" for path, (old, new) in refused.items())
+        diff = "; ".join(f"{path}: {_short(old)} -> {_short(new)}" for path, (old, new) in refused.items())
         names = ",".join(refused)
         raise ConfigError(
             f"workdir '{workdir}' trains something else: {diff}; use another --workdir, or --allow-change {names}"
         )
     return changed
+
+
+def _short(value: Any) -> str:
+    """A value as a message shows it; of a sha256 its first digits."""
+    is_digest = isinstance(value, str) and len(value) == 64 and " " not in value
+    return value[:12] if is_digest else repr(value)
 
 
 def _covers(name: str, path: str) -> bool:

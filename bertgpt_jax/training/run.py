@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import platform
-import re
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
 from etils import epath
 
 import bertgpt_jax
-from bertgpt_jax.config import to_json
-from bertgpt_jax.corpus.builder import open_corpus
 from bertgpt_jax.corpus.reader import CorpusReader
 from bertgpt_jax.errors import Diverged, Preempted, UserError
 from bertgpt_jax.parallel import distributed
@@ -30,6 +23,7 @@ from bertgpt_jax.training.guards import PreemptionGuard
 from bertgpt_jax.training.loop import Loop
 from bertgpt_jax.training.metrics import MetricWriter, duration
 from bertgpt_jax.training.run_config import RunConfig, with_steps, with_vocabulary
+from bertgpt_jax.training.workdir import cache_root, open_run_corpus, use_compilation_cache, write_description
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +83,7 @@ def train(
 
     with status.acquire(workdir), PreemptionGuard() as guard:
         if processes.is_primary():
-            _write_description(workdir, config, identity, corpus)
+            write_description(workdir, config, identity, corpus)
         session = _Session(program, stages, corpus, workdir, identity, guard, from_step)
         for path, (old, new) in changed.items():
             session.say(f"changed by --allow-change: {path}: {old!r} -> {new!r}")
@@ -271,57 +265,3 @@ class _Session:
 def _usable_state(loop: Loop) -> PyTree | None:
     """The loop's state, or None if the step that failed had already taken its buffers."""
     return None if any(leaf.is_deleted() for leaf in jax.tree.leaves(loop.state)) else loop.state
-
-
-# ---------------------------------------------------------------- workdir
-
-
-def cache_root(workdir: epath.Path) -> Path:
-    """Where prepared corpora and row indexes are kept: beside the workdir, or in the user's cache for a remote one."""
-    if storage.is_local(workdir):
-        return Path(workdir).parent / "corpora"
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "bertgpt_jax" / "corpora"
-
-
-def open_run_corpus(config: RunConfig, workdir: epath.Path) -> CorpusReader:
-    """The run's tokenised corpus, prepared by the first process if it is not there yet."""
-    root = cache_root(workdir)
-    if jax.process_count() > 1:
-        processes.on_primary(lambda: open_corpus(config.corpus, root).fingerprint)
-    return open_corpus(config.corpus, root)
-
-
-def use_compilation_cache(config: RunConfig, workdir: epath.Path) -> None:
-    """Keeps compiled programs beside a local workdir; directories of executables are private."""
-    if config.execution.compilation_cache == "off" or not storage.is_local(workdir):
-        return
-    if jax.config.jax_compilation_cache_dir is None:
-        path = Path(workdir).parent / ".compiled"
-        path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        jax.config.update("jax_compilation_cache_dir", str(path))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-def _write_description(workdir: epath.Path, config: RunConfig, identity: dict[str, Any], corpus: CorpusReader) -> None:
-    """config.json, identity.json, corpus.json, env.json and the tokenizer."""
-    storage.write_text(workdir / resume.CONFIG_FILE, to_json(config))
-    storage.write_json(workdir / resume.IDENTITY_FILE, identity)
-    storage.write_json(
-        workdir / "corpus.json",
-        {"path": str(corpus.path), "fingerprint": corpus.fingerprint, "tokenizer_sha256": corpus.tokenizer.sha256},
-    )
-    storage.copy_tree(epath.Path(corpus.path) / "tokenizer", workdir / "tokenizer")
-    storage.write_json(workdir / "env.json", environment())
-
-
-def environment() -> dict[str, Any]:
-    """Versions, devices and the command line, credentials in addresses removed."""
-    return {
-        "bertgpt_jax": bertgpt_jax.__version__,
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "devices": [str(device) for device in jax.devices()[:8]],
-        "device_count": jax.device_count(),
-        "process_count": jax.process_count(),
-        "command": [re.sub(r"//[^/@\s]+@", "//***@", word) for word in sys.argv],
-    }

@@ -1,0 +1,153 @@
+"""Runs of `tiny.py` in processes of their own, that can be killed, and what they leave behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+TIMEOUT = 240
+
+
+def write_text(path: Path) -> Path:
+    """300 documents of made-up words, a sentence a line, a blank line after each document."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 6))) for _ in range(300)]
+
+    def sentence() -> str:
+        return " ".join(rng.choices(words, k=rng.randint(3, 12))) + ".\n"
+
+    path.write_text("\n".join("".join(sentence() for _ in range(rng.randint(2, 10))) for _ in range(300)))
+    return path
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """How a process ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A workdir and the runs in it; all runs of one directory share their corpus and compiled programs."""
+
+    directory: Path
+    name: str
+
+    @property
+    def workdir(self) -> Path:
+        """Where the run writes."""
+        return self.directory / self.name
+
+    def start(self, faults: dict[str, Any], *overrides: str, devices: int = 8, wrapped: str = "") -> subprocess.Popen:
+        """A process that trains; `wrapped` names its log of batches where there are several."""
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        environment = os.environ | {
+            "XLA_FLAGS": flags,
+            "PYTHONPATH": str(HERE.parent.parent),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        batches = self.directory / f"{self.name}.batches{wrapped}"
+        command = [sys.executable, HERE / "faulty_train.py", json.dumps(faults), batches, HERE / "tiny.py"]
+        command += [f"corpus.path={self.directory / 'text.txt'}", "--workdir", self.workdir, *overrides]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(list(map(str, command)), env=environment, stdout=pipe, stderr=pipe, text=True)
+
+    def train(self, *overrides: str, **faults: Any) -> Ended:
+        """Trains in one process to its end, whatever it is."""
+        return ended(self.start(faults, *overrides))
+
+    def pair(self, faults: dict[str, Any], *overrides: str, second: tuple[str, ...] = ()) -> list[Ended]:
+        """Trains in two processes of four devices; the second has the faults and the overrides in `second`."""
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        common = (f"execution.distributed.coordinator=127.0.0.1:{port}", "execution.distributed.num_processes=2")
+        children = []
+        for rank in (0, 1):
+            own = (f"execution.distributed.process_id={rank}", *(second if rank else ()))
+            children.append(
+                self.start(faults if rank else {}, *overrides, *common, *own, devices=4, wrapped=str(rank))
+            )
+        try:
+            return [ended(child) for child in children]
+        finally:
+            for child in children:
+                child.kill()
+
+    def status(self) -> dict[str, Any]:
+        """STATUS.json."""
+        return json.loads((self.workdir / "STATUS.json").read_text())
+
+    def rows(self) -> list[dict[str, Any]]:
+        """metrics.jsonl."""
+        return [json.loads(line) for line in (self.workdir / "metrics.jsonl").read_text().splitlines()]
+
+    def batches(self) -> dict[tuple[int, int, int], str]:
+        """(sequence length, number in its stage, row) -> digest, of all batches trained on, whichever process had it."""
+        found: dict[tuple[int, int, int], str] = {}
+        for path in sorted(self.directory.glob(f"{self.name}.batches*")):
+            for line in path.read_text().splitlines():
+                note = json.loads(line)
+                for row, digest in note["rows"].items():
+                    key = (note["length"], note["batch"], int(row))
+                    assert found.setdefault(key, digest) == digest, f"{key} was drawn twice and differs"
+        return found
+
+    def result(self) -> dict[str, Any]:
+        """What must not depend on kills: final state, metrics and batches."""
+        status = self.status()
+        return {
+            "step": status["step"],
+            "reason": status["reason"],
+            "state": status["state_fingerprint"],
+            "last": status["metrics"],
+            "metrics": (self.workdir / "metrics.jsonl").read_bytes(),
+            "batches": self.batches(),
+        }
+
+
+def ended(process: subprocess.Popen) -> Ended:
+    """Waits for a process, but not for ever."""
+    try:
+        out, err = process.communicate(timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, err = process.communicate()
+        raise AssertionError(f"no end after {TIMEOUT} s:\n{out}\n{err}") from None
+    return Ended(process.returncode, out, err)
+
+
+@pytest.fixture(scope="session")
+def faults_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory for runs, with their text; the corpus is prepared by the first."""
+    directory = tmp_path_factory.mktemp("faults")
+    write_text(directory / "text.txt")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def undisturbed(faults_directory: Path) -> Run:
+    """A run that nothing happened to."""
+    run = Run(faults_directory, "undisturbed")
+    end = run.train()
+    assert end.code == 0, end
+    return run
+
+
+@pytest.fixture
+def disturbed(faults_directory: Path, request: pytest.FixtureRequest) -> Run:
+    """A run of the same config in a workdir of its own."""
+    return Run(faults_directory, request.node.name.replace("/", "_"))

@@ -28,19 +28,19 @@ class Einsum(nn.Module):
         equation: e.g. `BTD,DNH->BTNH`; the second operand is the kernel.
         shape: of the kernel.
         axes: logical name of each kernel dimension.
-        init: kernel initializer.
+        kernel_init: kernel initializer (a field called `init` would hide `Module.init`).
         use_bias: adds a zero-initialised bias over the kernel's dimensions that reach the output.
     """
 
     equation: str
     shape: tuple[int, ...]
     axes: tuple[str, ...]
-    init: Initializer
+    kernel_init: Initializer
     use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        kernel = self.param("kernel", nn.with_logical_partitioning(self.init, self.axes), self.shape, jnp.float32)
+        kernel = self.param("kernel", nn.with_logical_partitioning(self.kernel_init, self.axes), self.shape, jnp.float32)
         y = jnp.einsum(self.equation, x, kernel.astype(x.dtype))
         if self.use_bias:
             letters = self.equation.replace("->", ",").split(",")
@@ -57,16 +57,16 @@ class Embedding(nn.Module):
     Attributes:
         rows, width: shape of the table.
         axes: logical names of (rows, width).
-        init: table initializer.
+        table_init: table initializer.
     """
 
     rows: int
     width: int
     axes: tuple[str, str]
-    init: Initializer
+    table_init: Initializer
 
     def setup(self) -> None:
-        init = nn.with_logical_partitioning(self.init, self.axes)
+        init = nn.with_logical_partitioning(self.table_init, self.axes)
         self.table = self.param("table", init, (self.rows, self.width), jnp.float32)
 
     def __call__(self, ids: Array, dtype: jnp.dtype) -> Array:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from tokenizers import Tokenizer as Backend
 
 from bertgpt_jax.corpus.tokenizer import Tokenizer, read_json
 from bertgpt_jax.errors import DataError
+
+_LONG_RUN = re.compile(r"\w{1000,}|[^\w\s]{1000,}|\s{1000,}")
 
 
 class BackedTokenizer(Tokenizer):
@@ -38,6 +41,12 @@ def spellings_by_id(vocabulary: dict[str, int], source: str) -> list[str]:
     if [vocabulary[s] for s in spellings] != list(range(len(spellings))):
         raise DataError(f"{source}: ids are not 0..{len(spellings) - 1}, each once")
     return spellings
+
+
+def without_long_runs(texts: Iterable[str]) -> Iterator[str]:
+    """The texts without runs of 1,000 letters, marks or spaces: merging in a word is quadratic in its length."""
+    for text in texts:
+        yield _LONG_RUN.sub(" ", text)
 
 
 def check_trained(found: int, wanted: int) -> None:

@@ -25,7 +25,7 @@ from bertgpt_jax.corpus.memory import peak_resident_bytes
 from bertgpt_jax.corpus.plan import Plan, find_request, make_plan, plan_to_json
 from bertgpt_jax.corpus.pool import Pool
 from bertgpt_jax.corpus.reader import FORMAT_VERSION, MANIFEST, CorpusReader, content_fingerprint, read_manifest
-from bertgpt_jax.corpus.shards import sample_shard, tokenise_shard
+from bertgpt_jax.corpus.shards import sample_shard, shard_documents, tokenise_shard
 from bertgpt_jax.corpus.store import read_done, shard_name
 from bertgpt_jax.corpus.tokenizer import CONFIG_FILE, Tokenizer
 from bertgpt_jax.errors import ConfigError, DataError, StorageError
@@ -112,7 +112,7 @@ def _build(
         peak = _tokenise_missing(plan, out, tokenizer, pool, show=progress is True, report=report)
     manifest = _manifest(plan, out, tokenizer)
     if not sum(manifest["shards"]["documents"]):
-        raise DataError(_nothing_left(manifest["cleaning"]))
+        raise DataError(_nothing_left(plan, manifest["cleaning"]))
     _write_atomically(out / MANIFEST, json.dumps(manifest, ensure_ascii=False) + "\n")
     for line in _report_lines(manifest, time.monotonic() - started, peak, out):
         report(line)
@@ -175,6 +175,8 @@ def _ensure_tokenizer(plan: Plan, out: Path, pool: Pool | None, report: Report) 
     else:
         started = time.monotonic()
         texts = sample_texts(plan, pool, plan.config.tokenizer.sample_bytes)
+        if not texts:
+            raise DataError(_why_no_text(plan))
         tokenizer = train_tokenizer(texts, plan.config.tokenizer)
         seconds = time.monotonic() - started
         report(f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} pieces, trained in {seconds:.1f} s")
@@ -185,6 +187,15 @@ def _ensure_tokenizer(plan: Plan, out: Path, pool: Pool | None, report: Report) 
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)
     return load_tokenizer(target)
+
+
+def _why_no_text(plan: Plan) -> str:
+    """The message for a source without a single train document."""
+    counts: Counter[str] = Counter()
+    held_out = sum(1 for i in range(len(plan.shards)) for _ in shard_documents(plan, i, counts))
+    if held_out:
+        return f"corpus.path: all {held_out} documents are held out; lower held_out.fraction or bring more text"
+    return _nothing_left(plan, counts)
 
 
 def sample_texts(plan: Plan, pool: Pool | None, max_bytes: int, max_documents: int = 1 << 62) -> list[str]:
@@ -271,9 +282,10 @@ def _manifest(plan: Plan, out: Path, tokenizer: Tokenizer) -> dict[str, Any]:
     return manifest | {"fingerprint": content_fingerprint(manifest)}
 
 
-def _nothing_left(cleaning: dict[str, int]) -> str:
+def _nothing_left(plan: Plan, cleaning: dict[str, int]) -> str:
     dropped = ", ".join(f"{name} {cleaning[name]}" for name in DROPS if cleaning.get(name)) or "none was found"
-    return f"corpus.path: no document is left of {cleaning.get('documents_read', 0)} read (dropped: {dropped})"
+    read = cleaning.get("documents_read", 0)
+    return f"corpus.path = {plan.config.path!r}: no document is left of {read} read (dropped: {dropped})"
 
 
 def _report_lines(manifest: dict[str, Any], seconds: float, peak: dict[str, int], out: Path) -> list[str]:

@@ -10,7 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from bertgpt_jax.corpus.backed import BackedTokenizer, check_trained, read_pipeline, spellings_by_id
+from bertgpt_jax.corpus.backed import BackedTokenizer, check_trained, read_pipeline, spellings_by_id, without_long_runs
 from bertgpt_jax.corpus.config import ByteBPEConfig
 from bertgpt_jax.corpus.special import SPECIAL_TOKENS, TRAINED_IDS, SpecialIds
 from bertgpt_jax.corpus.tokenizer import CONFIG_FILE, config_file, find_special, piece_classes, read_file, read_json
@@ -91,7 +91,7 @@ def train_byte_bpe(texts: Iterable[str], config: ByteBPEConfig) -> ByteBPE:
         max_token_length=64,
         show_progress=False,
     )
-    backend.train_from_iterator(texts, trainer)
+    backend.train_from_iterator(without_long_runs(texts), trainer)
     model = json.loads(backend.to_str())["model"]
     check_trained(len(model["vocab"]), config.vocab_size)
     return ByteBPE(spellings_by_id(model["vocab"], "trained"), [tuple(m) for m in model["merges"]], TRAINED_IDS)

@@ -130,6 +130,9 @@ class CorpusReader(Corpus):
         if tokenizer.sha256 != wanted:
             found = f"sha256 {tokenizer.sha256[:12]} where the manifest has {wanted[:12]}"
             raise DataError(f"{self.path / 'tokenizer'}: {found}; prepare the corpus again")
+        if (tokenizer.vocab_size, tokenizer.special) != (self.vocab_size, self.special):
+            found = f"vocab_size {self.vocab_size} and {self.special}; the tokenizer has {tokenizer.vocab_size} and"
+            raise DataError(f"{self.path / MANIFEST}: {found} {tokenizer.special}; prepare the corpus again")
         return tokenizer
 
     def shard(self, index: int) -> ShardArrays:

@@ -28,6 +28,8 @@ from bertgpt_jax.errors import DataError
 TRAINER_THREADS = 4
 """Fixed: partial sums of the expectation step, hence the model, depend on their number."""
 
+_LONGEST_LINE = 10_000
+
 
 class SentencePiece(Tokenizer):
     """A SentencePiece model given as the bytes of its file."""
@@ -103,7 +105,7 @@ def load_sentencepiece(path: Path) -> SentencePiece:
 
 def train_sentencepiece(texts: Iterable[str], config: SentencePieceConfig) -> SentencePiece:
     """Trains a model whose ids 0..5 are our special tokens."""
-    lines = [line for text in texts for line in text.split("\n") if line.strip()]
+    lines = [part for text in texts for line in text.split("\n") for part in _parts(line)]
     if not lines:
         raise DataError("tokenizer: the training text is empty")
     target = io.BytesIO()
@@ -120,18 +122,25 @@ def train_sentencepiece(texts: Iterable[str], config: SentencePieceConfig) -> Se
             eos_id=3, eos_piece=SPECIAL_TOKENS[3],
             control_symbols=list(SPECIAL_TOKENS[4:]),
             required_chars="".join(sorted({c for line in lines for c in set(line) if "!" <= c <= "~"})),
-            max_sentence_length=1 << 16,
+            max_sentence_length=4 * _LONGEST_LINE,
             num_threads=TRAINER_THREADS,
             minloglevel=2,
         )  # fmt: skip
     except RuntimeError as error:
         message = _last_line(error)
         limit = re.search(r"<= (\d+)", message)
+        least = re.search(r"smaller than required_chars\. \d+ vs (\d+)", message)
         advice = f"this text supports at most {limit[1]}; set vocab_size={limit[1]}" if limit else message
+        advice = f"too small, the special tokens and the alphabet of this text take {least[1]}" if least else advice
         raise DataError(f"tokenizer.vocab_size = {config.vocab_size}: {advice}") from None
     tokenizer = SentencePiece(target.getvalue(), "trained")
     assert tokenizer.special == TRAINED_IDS, tokenizer.special
     return tokenizer
+
+
+def _parts(line: str) -> list[str]:
+    """A line in pieces the trainer does not refuse for their length."""
+    return [line[i : i + _LONGEST_LINE] for i in range(0, len(line), _LONGEST_LINE)] if line.strip() else []
 
 
 def _last_line(error: Exception) -> str:

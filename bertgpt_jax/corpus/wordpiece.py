@@ -11,7 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from bertgpt_jax.corpus.backed import BackedTokenizer, check_trained, read_pipeline, spellings_by_id
+from bertgpt_jax.corpus.backed import BackedTokenizer, check_trained, read_pipeline, spellings_by_id, without_long_runs
 from bertgpt_jax.corpus.config import WordPieceConfig
 from bertgpt_jax.corpus.special import SPECIAL_TOKENS, TRAINED_IDS, SpecialIds
 from bertgpt_jax.corpus.tokenizer import CONFIG_FILE, config_file, find_special, read_file
@@ -114,7 +114,7 @@ def train_wordpiece(texts: Iterable[str], config: WordPieceConfig) -> WordPiece:
     equally frequent merges by those numbers; giving it the `##` alphabet beforehand makes the set of pieces
     reproducible, sorting makes their ids so.
     """
-    texts = list(texts)
+    texts = list(without_long_runs(texts))
     normalizer = _bert_normalizer(config.lowercase, config.strip_accents)
     words = _word_counts(texts, normalizer)
     if not words:

@@ -111,10 +111,19 @@ def _explain_one(problem: Any, tree: Any) -> str:
     name = ".".join(path)
     if problem["type"] == "extra_forbidden":
         return f"unknown key '{name}'"
+    if problem["type"] == "union_tag_invalid":
+        return _explain_kind(f"{name}.kind" if name else "kind", problem["ctx"])
     if not name:
         return rule
     shown = problem.get("input")
     return f"{name}: {rule}" if isinstance(shown, dict | Config) else f"{name} = {shown!r}: {rule}"
+
+
+def _explain_kind(name: str, context: dict[str, Any]) -> str:
+    known = [tag.strip(" '") for tag in context["expected_tags"].split(",")]
+    close = difflib.get_close_matches(context["tag"], known, 1, 0.5)
+    advice = f"did you mean '{close[0]}'? " if close else ""
+    return f"{name} = '{context['tag']}': {advice}known: {', '.join(known)}"
 
 
 def apply_overrides(config: C, overrides: list[str] | tuple[str, ...]) -> C:
@@ -122,7 +131,7 @@ def apply_overrides(config: C, overrides: list[str] | tuple[str, ...]) -> C:
 
     Lists are addressed by index or by an item's `name` (`stages.0.steps=10`, `stages.phase1.steps=10`). `null` is None;
     JSON (`[...]`, `{...}`) is accepted for tuples and sub-configs. Setting a `kind` swaps the member of the union and
-    keeps the fields that both members have.
+    keeps the fields that both members have with the same type.
 
     Raises:
         ConfigError: listing every bad override at once.
@@ -173,7 +182,7 @@ def _assign(config_type: Any, tree: Any, item: str) -> str | None:
 
 def _parse_value(text: str) -> Any:
     stripped = text.strip()
-    if stripped.lower() in ("null", "none"):
+    if stripped in ("null", "None"):  # `none` is a value of some settings
         return None
     if stripped[:1] in ("[", "{", '"'):
         try:
@@ -201,13 +210,12 @@ def _hint_below(hint: Any, key: Any) -> Any:
 
 
 def _swap_kind(hint: Any, node: dict[str, Any], kind: str) -> None:
-    for member in _members(hint):
-        field = member.model_fields.get("kind")
-        if field is not None and field.default == kind:
-            kept = {k: v for k, v in node.items() if k in member.model_fields and k != "kind"}
-            node.clear()
-            node.update(kept, kind=kind)
-            return
+    members = {m.model_fields["kind"].default: m.model_fields for m in _members(hint) if "kind" in m.model_fields}
+    new, old = members.get(kind), members.get(node.get("kind"), {})
+    if new is not None:
+        kept = {k: v for k, v in node.items() if k in new and k in old and new[k].annotation == old[k].annotation}
+        node.clear()
+        node.update(kept)
     node["kind"] = kind
 
 
@@ -265,12 +273,19 @@ def load_config(name: str, config_type: type[C], overrides: list[str] | tuple[st
             advice = f"did you mean '{close[0]}'?" if close else f"shipped: {', '.join(shipped)}"
             raise ConfigError(f"config '{name}' not found; {advice}")
     if path.suffix == ".json":
-        config = build(config_type, parse_json(path.read_text("utf-8"), str(path)), str(path))
+        config = build(config_type, parse_json(_read_text(path), str(path)), str(path))
     elif path.suffix == ".py":
         config = _run_python(path, config_type)
     else:
         raise ConfigError(f"config '{name}' must end in .py or .json")
     return apply_overrides(config, overrides) if overrides else config
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 (byte {error.start})") from None
 
 
 def _run_python(path: Path, config_type: type[C]) -> C:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 
 from bertgpt_jax.commands.common import add_platform, check_platform, command_parser, run_command, select_platform
+from bertgpt_jax.errors import UsageError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,6 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
+    if args.batches is not None and args.batches < 1:
+        raise UsageError(f"--batches {args.batches}: must be at least 1")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     select_platform(args.platform)
     check_platform(args.platform)

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `tools/train.py` and `bertgpt train`."""
     parser = command_parser("train", __doc__, EPILOG)
     parser.add_argument("config", help="a config file (.py or .json), or the name of a shipped one (bert/base)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="changes to the config")
     parser.add_argument("--workdir", help="where everything of the run is written (default: runs/NAME)")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config as JSON and stop")
     parser.add_argument("--dry-run", action="store_true", help="print sizes, FLOPs, memory and shardings and stop")

@@ -36,7 +36,7 @@ class MeshConfig(Config):
         sizes = {axis: getattr(self, axis) for axis in AXES}
         if 0 in sizes.values() or list(sizes.values()).count(-1) > 1:
             raise ConfigError(f"mesh {self.describe()}: sizes are positive, and one of them may be -1")
-        for axis, why in (("pipe", "pipeline stages"), ("context", "a sharded sequence")):
+        for axis, why in (("pipe", "pipeline stages"), ("context", "sequence shards")):
             if sizes[axis] not in (1, -1):
                 raise ConfigError(f"mesh.{axis} = {sizes[axis]}: {why} are not available yet; set mesh.{axis}=1")
         fixed = math.prod(size for size in sizes.values() if size != -1)

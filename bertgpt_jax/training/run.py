@@ -17,7 +17,7 @@ from bertgpt_jax.parallel.mesh import make_mesh
 from bertgpt_jax.parallel.sharding import bytes_per_device, check_batch
 from bertgpt_jax.shapes import PyTree
 from bertgpt_jax.training import processes, resume, setup, status, storage
-from bertgpt_jax.training.checkpoint import Checkpoints
+from bertgpt_jax.training.checkpoint import Checkpoints, read_meta
 from bertgpt_jax.training.fingerprint import state_fingerprint
 from bertgpt_jax.training.guards import PreemptionGuard
 from bertgpt_jax.training.loop import Loop
@@ -68,6 +68,9 @@ def train(
     mesh = make_mesh(config.execution.mesh)
     for stage in config.stages:
         check_batch(stage.batch_size, stage.microbatches, mesh, f"stages.{stage.name}")
+    processes.on_primary(storage.check_writable, workdir)
+    if from_step is not None:
+        processes.on_primary(read_meta, workdir, from_step)
     processes.on_primary(resume.check_identity, workdir, {"config": resume.identity(config)}, allow_change)
     use_compilation_cache(config, workdir)
 
@@ -195,6 +198,14 @@ class _Session:
                 f"{epochs:.2f} epochs; batch {stage.config.batch_size} x {stage.config.sequence_length}"
                 + (f" in {stage.config.microbatches} parts" if stage.config.microbatches > 1 else "")
             )
+        unused = program.config.model.vocab_size - self.corpus.vocab_size
+        if unused:
+            self.say(
+                f"warning: model.vocab_size {program.config.model.vocab_size:,} leaves {unused:,} rows that the "
+                f"tokenizer's {self.corpus.vocab_size:,} ids never use"
+            )
+        if storage.filesystem(self.workdir) in ("tmpfs", "ramfs"):
+            self.say(f"warning: workdir '{self.workdir}' is in memory (tmpfs): a restart of the machine loses it")
         if meta:
             self.say(
                 f"resumed at step {step:,} (stage {meta['stage']}, "

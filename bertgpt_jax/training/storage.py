@@ -251,6 +251,19 @@ def probe(workdir: epath.Path) -> Probe:
     return Probe(renames, free_bytes(workdir), filesystem(workdir))
 
 
+def check_writable(workdir: epath.Path) -> None:
+    """Whether a local workdir could be written, as far as permissions tell; nothing is created.
+
+    Raises:
+        StorageError: naming the directory that refuses.
+    """
+    if not is_local(workdir):
+        return
+    existing = next(p for p in (Path(workdir), *Path(workdir).parents) if p.exists())
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise StorageError(f"workdir '{workdir}': '{existing}' may not be written; change its mode or use another")
+
+
 def free_bytes(path: epath.Path) -> int | None:
     """Bytes that can still be written where `path` is or would be; None in a bucket."""
     if not is_local(path):

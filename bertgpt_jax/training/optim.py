@@ -140,6 +140,7 @@ class Lion(_Optimizer):
 class Muon(_Optimizer):
     """Orthogonalised momentum for the layers' matrices (Jordan et al. 2024), AdamW for everything else.
 
+    Both halves look ahead (Nesterov): optax's `muon` hands that setting on to its AdamW.
     Updates are scaled to Adam's root mean square (Liu et al. 2025, section 2.2), so one rate serves both.
     """
 
@@ -226,7 +227,7 @@ def normalize_by_global_norm() -> optax.GradientTransformation:
     """Divides gradients by their global norm."""
 
     def update(grads: Params, state: optax.EmptyState, params: Params | None = None) -> tuple[Params, optax.EmptyState]:
-        norm = jnp.maximum(optax.global_norm(grads), 1e-12)
+        norm = jnp.maximum(optax.tree.norm(grads), 1e-12)
         return jax.tree.map(lambda g: g / norm, grads), state
 
     return optax.GradientTransformation(lambda _: optax.EmptyState(), update)

@@ -105,7 +105,7 @@ def train_step(
     key = jax.random.fold_in(jax.random.key(seed), state["data_step"])
     grads, parts, metric_sums, carry = gradients(model, objective, params, batch, state["carry"], key, microbatches)
     weights = objective.weights(batch)
-    loss, grad_norm = total_loss(objective, parts, weights), optax.global_norm(grads)
+    loss, grad_norm = total_loss(objective, parts, weights), optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     if optimizer.clip_norm is not None:
         grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, optimizer.clip_norm / (grad_norm + 1e-12)), grads)
@@ -131,7 +131,7 @@ def train_step(
     metrics |= {
         "learning_rate": rate,
         "grad_norm": grad_norm,
-        "param_norm": optax.global_norm(params),
+        "param_norm": optax.tree.norm(params),
         "skipped": new_state["extras"]["skipped"],
     }
     return new_state, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}

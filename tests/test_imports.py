@@ -37,7 +37,7 @@ ONLY_IN = {
     "orbax": ("training/",),
     "tokenizers": ("corpus/",),
     "sentencepiece": ("corpus/",),
-    "tensorboardX": ("training/metrics.py",),
+    "tensorboardX": ("training/trackers.py",),
 }
 """Libraries that only some files may import at all, even inside a function."""
 

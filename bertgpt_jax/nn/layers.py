@@ -40,7 +40,8 @@ class Einsum(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        kernel = self.param("kernel", nn.with_logical_partitioning(self.kernel_init, self.axes), self.shape, jnp.float32)
+        init = nn.with_logical_partitioning(self.kernel_init, self.axes)
+        kernel = self.param("kernel", init, self.shape, jnp.float32)
         y = jnp.einsum(self.equation, x, kernel.astype(x.dtype))
         if self.use_bias:
             letters = self.equation.replace("->", ",").split(",")

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from bertgpt_jax.training import processes, storage
 from bertgpt_jax.training.rows import RowLog, to_number
+from bertgpt_jax.training.trackers import TensorBoard, Tracker, WeightsAndBiases
 
 log = logging.getLogger(__name__)
 
@@ -78,13 +79,14 @@ def console_line(step: int, total_steps: int | None, fields: Mapping[str, Any]) 
 class MetricWriter:
     """Writes a run's numbers; in any process but the first it only remembers the last values.
 
-    Trouble with storage or TensorBoard is one warning, never the end of a run; rows are tried again at the next flush.
+    Trouble with storage or a tracker is one warning, never the end of a run; rows are tried again at the next flush.
 
     Args:
         workdir: where; made if missing.
         restored_step: the step training goes on from; rows of later steps are dropped. None: a fresh start drops all.
         total_steps: for the console line and the progress bar.
         tensorboard: also write TensorBoard events, if the workdir is local.
+        wandb_project: also log to this Weights & Biases project.
         flush_seconds: rows are at most this old in memory.
     """
 
@@ -95,6 +97,7 @@ class MetricWriter:
         restored_step: int | None = None,
         total_steps: int | None = None,
         tensorboard: bool = True,
+        wandb_project: str | None = None,
         flush_seconds: float = 10.0,
     ):
         self.last: dict[str, float | int | None] = {}
@@ -103,7 +106,7 @@ class MetricWriter:
         self._flush_seconds, self._flushed_at = flush_seconds, time.monotonic()
         self._warned = False
         self._bar: tqdm[Any] | None = None
-        self._events: Any = None
+        self._trackers: list[Tracker] = []
         if not self._primary:
             return
         storage.make_directory(workdir)
@@ -112,17 +115,13 @@ class MetricWriter:
         for row in self._metrics.rows():
             self.last.update({k: v for k, v in row.items() if k != "step"})
         if tensorboard and storage.is_local(workdir):
-            self._open_events(workdir, restored_step)
+            with self._warning("TensorBoard events are not written"):
+                self._trackers.append(TensorBoard(workdir, restored_step))
+        if wandb_project is not None:
+            with self._warning("nothing is sent to wandb"):
+                self._trackers.append(WeightsAndBiases(workdir, wandb_project))
         if sys.stderr.isatty():
             self._bar = tqdm(total=total_steps, initial=restored_step or 0, unit="step", file=sys.stderr, leave=False)
-
-    def _open_events(self, workdir: epath.Path, restored_step: int | None) -> None:
-        with self._warning("TensorBoard events are not written"):
-            from tensorboardX import SummaryWriter
-
-            # events of later steps of a killed run are hidden, as the rows are dropped
-            purge = None if restored_step is None else restored_step + 1
-            self._events = SummaryWriter(logdir=str(workdir), purge_step=purge)
 
     @contextlib.contextmanager
     def _warning(self, what: str) -> Any:
@@ -135,16 +134,16 @@ class MetricWriter:
             self._warned = True
 
     def log(self, step: int, values: Mapping[str, Any], timing: Mapping[str, Any] | None = None) -> None:
-        """A row of `values` (no clocks) to `metrics.jsonl`, one of `timing` to `timing.jsonl`, both to TensorBoard."""
+        """A row of `values` (no clocks) to `metrics.jsonl`, one of `timing` to `timing.jsonl`, both to the trackers."""
         self.last.update({key: to_number(value) for key, value in values.items()})
         if not self._primary:
             return
         rows = [self._metrics.append(step, values)] if values else []
         rows += [self._timing.append(step, timing)] if timing else []
-        if self._events is not None:
-            with self._warning("TensorBoard events are not written"):
-                for key, value in ((k, v) for row in rows for k, v in row.items() if k != "step" and v is not None):
-                    self._events.add_scalar(key, value, step)
+        for tracker in self._trackers:
+            with self._warning(f"{type(tracker).__name__} gets nothing"):
+                for row in rows:
+                    tracker.log(step, {k: v for k, v in row.items() if k != "step" and v is not None})
         if time.monotonic() - self._flushed_at >= self._flush_seconds:
             self._write(RowLog.flush)
 
@@ -178,10 +177,10 @@ class MetricWriter:
             self._bar.update(step - self._bar.n)
 
     def close(self) -> None:
-        """`join`, and closes the bar and TensorBoard."""
+        """`join`, and closes the bar and the trackers."""
         self.join()
         if self._bar is not None:
             self._bar.close()
-        if self._events is not None:
-            with self._warning("TensorBoard events are not written"):
-                self._events.close()
+        for tracker in self._trackers:
+            with self._warning(f"{type(tracker).__name__} is not closed"):
+                tracker.close()

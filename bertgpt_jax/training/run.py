@@ -132,6 +132,7 @@ class _Session:
             self.workdir,
             restored_step=step - bool(owed) if meta else None,  # a row that is owed is written anew
             total_steps=self.stages[-1].stop,
+            wandb_project=self.program.config.execution.wandb_project,
         )
         loop: Loop | None = None
         reason, message = "failed", ""

@@ -81,6 +81,7 @@ class ExecutionConfig(Config):
     )
     data_threads: int = Field(default=2, ge=0)
     prefetch: int = Field(default=4, ge=1, description="batches built ahead")
+    wandb_project: str | None = Field(default=None, min_length=1, description="also log there (extra `wandb`)")
     compilation_cache: Literal["auto", "off"] = Field(
         default="auto", description="auto: compiled programs are kept beside the workdir"
     )

@@ -1,0 +1,72 @@
+"""Copies of the metrics for people to look at: TensorBoard events and, where asked for, Weights & Biases.
+
+`metrics.jsonl` is the record; a tracker that fails costs one warning and never the run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Mapping
+from typing import Protocol
+
+from etils import epath
+
+from bertgpt_jax.errors import ConfigError
+
+
+def check_wandb(project: str | None) -> None:
+    """Raises ConfigError where a project is asked for and wandb is not installed."""
+    if project is not None and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(
+            f"execution.wandb_project = '{project}' needs wandb; run: pip install 'bertgpt_jax[wandb]', or set null"
+        )
+
+
+class Tracker(Protocol):
+    """Takes numbers of a step."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Values by name; the same step may come twice (values, then rates)."""
+
+    def close(self) -> None:
+        """Writes what is left."""
+
+
+class TensorBoard:
+    """Event files in a local workdir; events of later steps of a killed run are hidden, as its rows are dropped."""
+
+    def __init__(self, workdir: epath.Path, restored_step: int | None):
+        from tensorboardX import SummaryWriter
+
+        purge = None if restored_step is None else restored_step + 1
+        self._writer = SummaryWriter(logdir=str(workdir), purge_step=purge)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """One run a workdir, resumed by an id made from its path; `global_step` is the x axis.
+
+    wandb refuses steps that decrease, which a resume may bring, so its own step counter is left alone.
+    The API key comes from the environment (WANDB_API_KEY), never from a config.
+    """
+
+    def __init__(self, workdir: epath.Path, project: str):
+        import wandb
+
+        name = hashlib.sha256(str(workdir).encode()).hexdigest()[:16]
+        self._run = wandb.init(project=project, id=name, name=workdir.name, resume="allow")
+        self._run.define_metric("global_step")
+        self._run.define_metric("*", step_metric="global_step")
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log({**values, "global_step": step})
+
+    def close(self) -> None:
+        self._run.finish()

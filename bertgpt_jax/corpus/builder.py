@@ -17,7 +17,6 @@ from typing import Any
 from tqdm import tqdm
 
 from bertgpt_jax.config import identity
-from bertgpt_jax.corpus.cleaning import CHANGES, DROPS
 from bertgpt_jax.corpus.config import CorpusConfig
 from bertgpt_jax.corpus.files import SourceFile
 from bertgpt_jax.corpus.kinds import load_tokenizer, open_tokenizer, train_tokenizer
@@ -25,6 +24,7 @@ from bertgpt_jax.corpus.memory import peak_resident_bytes
 from bertgpt_jax.corpus.plan import Plan, find_request, make_plan, plan_to_json
 from bertgpt_jax.corpus.pool import Pool
 from bertgpt_jax.corpus.reader import FORMAT_VERSION, MANIFEST, CorpusReader, content_fingerprint, read_manifest
+from bertgpt_jax.corpus.report import Work, nothing_left, report_lines
 from bertgpt_jax.corpus.shards import sample_shard, shard_documents, tokenise_shard
 from bertgpt_jax.corpus.store import read_done, shard_name
 from bertgpt_jax.corpus.tokenizer import CONFIG_FILE, Tokenizer
@@ -96,7 +96,6 @@ def _build(
         _check_same(_request_of(out / PLAN_FILE), request, out)
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is no tokenised corpus; choose an empty directory")
-    started = time.monotonic()
     plan = make_plan(config, files, request)
     workers = plan.config.workers if plan.config.workers >= 0 else os.cpu_count() or 1
     workers = min(workers, len(plan.shards))
@@ -109,12 +108,12 @@ def _build(
     with ExitStack() as stack:
         pool = stack.enter_context(Pool(workers, out / PLAN_FILE, out)) if workers else None
         tokenizer = _ensure_tokenizer(plan, out, pool, report)
-        peak = _tokenise_missing(plan, out, tokenizer, pool, show=progress is True, report=report)
+        work = _tokenise_missing(plan, out, tokenizer, pool, show=progress is True, report=report)
     manifest = _manifest(plan, out, tokenizer)
     if not sum(manifest["shards"]["documents"]):
-        raise DataError(_nothing_left(plan, manifest["cleaning"]))
+        raise DataError(nothing_left(plan.config.path, manifest["cleaning"]))
     _write_atomically(out / MANIFEST, json.dumps(manifest, ensure_ascii=False) + "\n")
-    for line in _report_lines(manifest, time.monotonic() - started, peak, out):
+    for line in report_lines(manifest, work, out):
         report(line)
     return out
 
@@ -195,7 +194,7 @@ def _why_no_text(plan: Plan) -> str:
     held_out = sum(1 for i in range(len(plan.shards)) for _ in shard_documents(plan, i, counts))
     if held_out:
         return f"corpus.path: all {held_out} documents are held out; lower held_out.fraction or bring more text"
-    return _nothing_left(plan, counts)
+    return nothing_left(plan.config.path, counts)
 
 
 def sample_texts(plan: Plan, pool: Pool | None, max_bytes: int, max_documents: int = 1 << 62) -> list[str]:
@@ -214,13 +213,13 @@ def sample_texts(plan: Plan, pool: Pool | None, max_bytes: int, max_documents: i
 
 def _tokenise_missing(
     plan: Plan, out: Path, tokenizer: Tokenizer, pool: Pool | None, show: bool, report: Report
-) -> dict[str, int]:
-    """Tokenises the shards that are not finished; returns the peak resident bytes of workers and of this process."""
+) -> Work:
+    """Tokenises the shards that are not finished."""
     count = len(plan.shards)
     missing = [i for i in range(count) if not _finished(plan, out, i)]
     if len(missing) < count:
         report(f"continuing: {count - len(missing)} of {count} shards are finished")
-    peak = {"worker": 0}
+    size, peak, started = 0, 0, time.monotonic()
     bar = tqdm(total=len(missing), unit="shard", disable=not (show and sys.stderr.isatty()), desc="tokenising")
     with bar:
         if pool is None:
@@ -228,15 +227,13 @@ def _tokenise_missing(
                 tokenise_shard(plan, index, tokenizer, out)
                 bar.update()
         else:
-            size, started = 0, time.monotonic()
             for _, answer in pool.run(({"tokenise": i} for i in missing), lambda a: "done" in a):
                 size += answer.get("progress", 0)
                 bar.set_postfix_str(f"{size / 1e6 / (time.monotonic() - started):.1f} MB/s", refresh=False)
                 if "done" in answer:
-                    peak["worker"] = max(peak["worker"], answer["peak_bytes"])
+                    peak = max(peak, answer["peak_bytes"])
                     bar.update()
-    peak["parent"] = peak_resident_bytes()
-    return peak
+    return Work(tuple(missing), time.monotonic() - started, peak, peak_resident_bytes())
 
 
 def _finished(plan: Plan, out: Path, index: int) -> bool:
@@ -280,28 +277,3 @@ def _manifest(plan: Plan, out: Path, tokenizer: Tokenizer) -> dict[str, Any]:
         "shards": shards,
     }
     return manifest | {"fingerprint": content_fingerprint(manifest)}
-
-
-def _nothing_left(plan: Plan, cleaning: dict[str, int]) -> str:
-    dropped = ", ".join(f"{name} {cleaning[name]}" for name in DROPS if cleaning.get(name)) or "none was found"
-    read = cleaning.get("documents_read", 0)
-    return f"corpus.path = {plan.config.path!r}: no document is left of {read} read (dropped: {dropped})"
-
-
-def _report_lines(manifest: dict[str, Any], seconds: float, peak: dict[str, int], out: Path) -> list[str]:
-    totals, cleaning = manifest["totals"], manifest["cleaning"]
-    tokens = totals["tokens"] - totals["documents"]
-    held_out = totals["documents"] - totals["train_documents"]
-    dropped = [f"{name} {cleaning[name]:,}" for name in DROPS if cleaning.get(name)]
-    changed = [f"{name} {cleaning[name]:,}" for name in CHANGES if cleaning.get(name)]
-    return [
-        f"corpus {out}: {manifest['fingerprint'][:12]}, {len(manifest['shards']['tokens'])} shards",
-        f"  documents  {totals['documents']:,} ({held_out:,} held out) of {cleaning.get('documents_read', 0):,} read",
-        f"  dropped    {', '.join(dropped) or 'none'}",
-        f"  changed    {', '.join(changed) or 'none'}",
-        f"  sentences  {totals['sentences']:,}",
-        f"  tokens     {tokens:,} ({tokens / max(1, totals['bytes']):.3f} a byte of {totals['bytes']:,})",
-        f"  unknown    {totals['unknown']:,} ({totals['unknown'] / max(1, tokens):.3%})",
-        f"  speed      {seconds:.1f} s, {totals['bytes'] / 1e6 / seconds:.2f} MB/s, {tokens / seconds:,.0f} tokens/s",
-        f"  memory     {peak['worker'] / 1e6:,.0f} MB a worker, {peak['parent'] / 1e6:,.0f} MB here (peak resident)",
-    ]

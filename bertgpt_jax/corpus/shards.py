@@ -16,10 +16,12 @@ from bertgpt_jax.corpus.sentences import split_sentences
 from bertgpt_jax.corpus.sources import WRAPPED_FORMATS, read_documents
 from bertgpt_jax.corpus.store import shard_name, token_dtype, write_shard
 from bertgpt_jax.corpus.tokenizer import Tokenizer
+from bertgpt_jax.corpus.view import ragged_index
 from bertgpt_jax.errors import DataError
 
 _BATCH_CHARACTERS = 500_000
 """Text tokenised at a time."""
+_BLOCK_TOKENS = 1 << 20
 _MASK = (1 << 64) - 1
 
 
@@ -179,22 +181,14 @@ class _Rows:
 
     def arrays(self, order: np.ndarray) -> dict[str, np.ndarray]:
         """The shard's arrays with the documents in `order`, a terminator after each."""
-        ids = np.concatenate([*self._ids, np.zeros(0, self._dtype)])
-        flags = np.concatenate([*self._flags, np.zeros(0, np.uint8)])
         lengths = np.concatenate([*self._lengths, np.zeros(0, np.int64)])
-        starts = np.cumsum(lengths) - lengths
-        lengths, starts = lengths[order], starts[order]
+        starts = (np.cumsum(lengths) - lengths)[order]
+        lengths = lengths[order]
         ends = np.cumsum(lengths + 1) - 1
-        total = int(ends[-1]) + 1 if len(ends) else 0
-        kept = np.ones(total, bool)
-        kept[ends] = False
-        source = np.repeat(starts - np.cumsum(lengths) + lengths, lengths) + np.arange(int(lengths.sum()))
         eot = self._tokenizer.special.eot
         assert eot is not None
-        tokens = np.full(total, eot, self._dtype)
-        tokens[kept] = ids[source]
-        bits = np.zeros(total, np.uint8)
-        bits[kept] = flags[source]
+        tokens = _ordered(self._ids, self._dtype, starts, lengths, ends, fill=eot)
+        bits = _ordered(self._flags, np.dtype(np.uint8), starts, lengths, ends, fill=0)
         columns = [self._columns[i] for i in order]
         sizes, sources, offsets, hashes = zip(*columns, strict=True) if columns else ((), (), (), ())
         return {
@@ -206,3 +200,20 @@ class _Rows:
             "doc_offset": np.array(offsets, np.int64),
             "doc_hash": np.array(hashes, np.uint64),
         }
+
+
+def _ordered(
+    parts: list[np.ndarray], dtype: np.dtype, starts: np.ndarray, lengths: np.ndarray, ends: np.ndarray, fill: int
+) -> np.ndarray:
+    """Spans of the joined `parts` one after another, `fill` after each; empties `parts` and works in blocks.
+
+    The blocks bound the memory of the indices, which take eight bytes a token.
+    """
+    values = np.concatenate([*parts, np.zeros(0, dtype)])
+    parts.clear()
+    ordered = np.full(int(ends[-1]) + 1 if len(ends) else 0, fill, dtype)
+    cuts = np.searchsorted(ends, np.arange(0, len(ordered) + _BLOCK_TOKENS, _BLOCK_TOKENS))
+    for lo, hi in zip(cuts, cuts[1:], strict=False):
+        target = ragged_index(ends[lo:hi] - lengths[lo:hi], lengths[lo:hi])
+        ordered[target] = values[ragged_index(starts[lo:hi], lengths[lo:hi])]
+    return ordered

@@ -503,7 +503,22 @@ def test_a_workers_error_arrives_with_its_kind_and_line(tmp_path):
         prepare_corpus(config(path, format="auto", workers=1), tmp_path / "c", False)
 
 
-def test_a_dead_worker_is_named(tmp_path, monkeypatch):
+def test_a_source_that_vanishes_is_named(stories, tmp_path):
+    from collections import Counter
+
+    from bertgpt_jax.corpus.plan import find_request, make_plan
+    from bertgpt_jax.corpus.shards import shard_documents
+    from bertgpt_jax.errors import StorageError
+
+    folder = tmp_path / "text"
+    shutil.copytree(stories, folder)
+    plan = make_plan(config(folder), *find_request(config(folder)))
+    (folder / "0.txt").unlink()
+    with pytest.raises(StorageError, match="0.txt: cannot be read"):
+        list(shard_documents(plan, 0, Counter()))
+
+
+def test_a_dead_worker_is_named(tmp_path):
     from bertgpt_jax.corpus.pool import Pool
     from bertgpt_jax.errors import PeerError
 

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
 
 from bertgpt_jax.errors import ConfigError, UserError
 
@@ -94,7 +96,10 @@ def build(config_type: type[C], tree: Any, source: str) -> C:
 
 def explain(error: ValidationError, tree: Any = None) -> str:
     """All problems of a pydantic error on one line."""
-    return "; ".join(dict.fromkeys(_explain_one(problem, tree) for problem in error.errors()))
+    problems = error.errors()
+    if len(problems) > 1:  # a tuple is also called too short when its items are wrong
+        problems = [problem for problem in problems if problem["type"] != "too_short"] or problems
+    return "; ".join(dict.fromkeys(_explain_one(problem, tree) for problem in problems))
 
 
 def _explain_one(problem: Any, tree: Any) -> str:
@@ -130,21 +135,27 @@ def apply_overrides(config: C, overrides: list[str] | tuple[str, ...]) -> C:
     """A copy of `config` with `a.b=value` assignments, validated anew.
 
     Lists are addressed by index or by an item's `name` (`stages.0.steps=10`, `stages.phase1.steps=10`). `null` is None;
-    JSON (`[...]`, `{...}`) is accepted for tuples and sub-configs. Setting a `kind` swaps the member of the union and
-    keeps the fields that both members have with the same type.
+    JSON (`[...]`, `{...}`) is accepted for tuples and sub-configs. Setting a `kind` swaps the member of the union:
+    fields of the same type that were not at their default are kept, the rest gets the new member's defaults. What is
+    set whole comes before its parts, a `kind` before other fields, whatever the order of the overrides.
 
     Raises:
         ConfigError: listing every bad override at once.
     """
     tree = config.model_dump(mode="json")
     problems = []
-    for item in sorted(overrides, key=lambda text: not text.partition("=")[0].endswith("kind")):
+    for item in sorted(overrides, key=_rank):
         problem = _assign(type(config), tree, item)
         if problem:
             problems.append(problem)
     if problems:
         raise ConfigError("; ".join(problems))
     return build(type(config), tree, "override")
+
+
+def _rank(item: str) -> tuple[int, bool]:
+    parts = item.partition("=")[0].strip().split(".")
+    return len(parts), parts[-1] != "kind"
 
 
 def _assign(config_type: Any, tree: Any, item: str) -> str | None:
@@ -162,10 +173,11 @@ def _assign(config_type: Any, tree: Any, item: str) -> str | None:
             if not part.isdigit() or int(part) >= len(node):
                 return f"'{key}': '{part}' is no item of '{'.'.join(parts[:depth])}' (0..{len(node) - 1}: {names})"
             position: Any = int(part)
-        elif isinstance(node, dict) and part in node:
+        elif isinstance(node, dict) and part in (fields := _fields(hint, node)):
             position = part
+            node.setdefault(part, _default(fields[part]))
         else:
-            known = list(node) if isinstance(node, dict) else []
+            known = list(_fields(hint, node)) if isinstance(node, dict) else []
             close = difflib.get_close_matches(part, known, 1, 0.5)
             advice = f"did you mean '{'.'.join([*parts[:depth], close[0]])}'?" if close else f"known: {known}"
             return f"unknown key '{key}'; {advice}"
@@ -201,6 +213,21 @@ def _members(hint: Any) -> list[type[Config]]:
     return [m for arg in typing.get_args(hint) for m in _members(arg)]
 
 
+def _fields(hint: Any, node: dict[str, Any]) -> dict[str, FieldInfo]:
+    """The fields of the member of a hint that `node` is of, or of all where its `kind` tells nothing."""
+    members = [m.model_fields for m in _members(hint)]
+    mine = [fields for fields in members if "kind" in fields and fields["kind"].default == node.get("kind")]
+    return {name: field for fields in mine or members for name, field in fields.items()}
+
+
+def _default(field: FieldInfo) -> Any:
+    """What a field that was left out is, JSON-ready; None if it has to be given."""
+    value = field.get_default(call_default_factory=True)
+    if isinstance(value, Config):
+        return value.model_dump(mode="json")
+    return None if value is PydanticUndefined else list(value) if isinstance(value, tuple) else value
+
+
 def _hint_below(hint: Any, key: Any) -> Any:
     if isinstance(key, int):
         return hint
@@ -213,7 +240,8 @@ def _swap_kind(hint: Any, node: dict[str, Any], kind: str) -> None:
     members = {m.model_fields["kind"].default: m.model_fields for m in _members(hint) if "kind" in m.model_fields}
     new, old = members.get(kind), members.get(node.get("kind"), {})
     if new is not None:
-        kept = {k: v for k, v in node.items() if k in new and k in old and new[k].annotation == old[k].annotation}
+        shared = [k for k in node if k in new and k in old and new[k].annotation == old[k].annotation]
+        kept = {k: node[k] for k in shared if node[k] != _default(old[k])}
         node.clear()
         node.update(kept)
     node["kind"] = kind

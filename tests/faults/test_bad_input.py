@@ -184,7 +184,7 @@ ROWS = [
     (56, "run", ["corpus.tokenizer.vocab_size=60000"], DATA, ["tokenizer.vocab_size = 60000", "at most"]),
     (56, "run", ["corpus.tokenizer.vocab_size=30"], DATA, ["tokenizer.vocab_size = 30", "too small"]),
     (56, "tokenizer", ["train", "@/text.txt", "--out", "@runs/tok", "tokenizer.kind=sentencepiece"], DATA,
-     ["tokenizer.vocab_size = 30000", "at most"]),
+     ["tokenizer.vocab_size = 32000", "at most"]),
     (56, "tokenizer",
      ["train", "@/text.txt", "--out", "@runs/tok", "tokenizer.kind=sentencepiece", "tokenizer.vocab_size=8"], DATA,
      ["tokenizer.vocab_size = 8:", "too small", "34"]),

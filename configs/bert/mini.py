@@ -24,12 +24,12 @@ def get_config() -> RunConfig:
         objective=MaskedLMNSP(),
         stages=(
             StageConfig(
-                steps=1_500,
+                steps=1_000,
                 sequence_length=128,
                 batch_size=16,
                 optimizer=AdamW(b2=0.98, eps=1e-6),
-                schedule=Linear(peak=1e-3, warmup_steps=150),
+                schedule=Linear(peak=1e-3, warmup_steps=100),
             ),
         ),
-        execution=ExecutionConfig(log_every=20, eval_every=250, save_every=250),
+        execution=ExecutionConfig(log_every=20, eval_every=200, save_every=200),
     )

@@ -15,6 +15,7 @@ import sys
 import traceback
 import types
 import typing
+from collections import Counter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -259,11 +260,11 @@ def parse_json(text: str, source: str) -> Any:
     """JSON with what json.loads lets through refused: duplicate keys, NaN and Infinity."""
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [k for k, _ in items]
-        twice = sorted({k for k in keys if keys.count(k) > 1})
-        if twice:
-            raise ConfigError(f"{source}: key '{twice[0]}' is given twice; keep one")
-        return dict(items)
+        tree = dict(items)
+        if len(tree) < len(items):
+            twice = next(key for key, count in Counter(key for key, _ in items).items() if count > 1)
+            raise ConfigError(f"{source}: key '{twice}' is given twice; keep one")
+        return tree
 
     def constant(name: str) -> None:
         raise ConfigError(f"{source}: {name} is not a JSON number; write a finite number or null")

@@ -11,7 +11,7 @@ Expect:   on 13 files of English Wikipedia (3M tokens) a held-out masked loss we
 from bertgpt_jax.corpus.config import CorpusConfig, HashSplit, WordPieceConfig
 from bertgpt_jax.models.bert import SIZES, BertConfig
 from bertgpt_jax.objectives.masked_lm_nsp import MaskedLMNSP
-from bertgpt_jax.training.optim import AdamW
+from bertgpt_jax.training.optim import Muon
 from bertgpt_jax.training.run_config import ExecutionConfig, RunConfig, StageConfig
 from bertgpt_jax.training.schedules import Linear
 
@@ -24,11 +24,11 @@ def get_config() -> RunConfig:
         objective=MaskedLMNSP(),
         stages=(
             StageConfig(
-                steps=1_000,
+                steps=1_200,
                 sequence_length=128,
                 batch_size=16,
-                optimizer=AdamW(b2=0.98, eps=1e-6),
-                schedule=Linear(peak=1e-3, warmup_steps=100),
+                optimizer=Muon(weight_decay=0.01),
+                schedule=Linear(peak=3e-3, warmup_steps=60),
             ),
         ),
         execution=ExecutionConfig(log_every=20, eval_every=200, save_every=200),

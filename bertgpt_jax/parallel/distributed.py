@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import os
 import socket
+import sys
+import time
 from typing import Any
 
 import jax
@@ -12,6 +16,9 @@ from pydantic import Field
 
 from bertgpt_jax.config import Config, differences
 from bertgpt_jax.errors import ConfigError, PeerError
+
+LAST_SECONDS = 5.0
+"""How long the coordinating process of a failed run lets the others end by themselves."""
 
 
 class DistributedConfig(Config):
@@ -26,6 +33,7 @@ class DistributedConfig(Config):
     process_id: int | None = Field(default=None, ge=0)
     initialization_timeout: int = Field(default=300, ge=1, description="seconds")
     heartbeat_timeout: int = Field(default=100, ge=5, description="seconds until a dead peer ends the job")
+    shutdown_timeout: int = Field(default=60, ge=1, description="seconds a process waits for the others when it ends")
 
     @property
     def is_set(self) -> bool:
@@ -41,7 +49,11 @@ def initialize(config: DistributedConfig) -> None:
     """
     given = [config.coordinator, config.num_processes, config.process_id]
     if config.auto:
-        jax.distributed.initialize(initialization_timeout=config.initialization_timeout)
+        jax.distributed.initialize(
+            initialization_timeout=config.initialization_timeout,
+            heartbeat_timeout_seconds=config.heartbeat_timeout,
+            shutdown_timeout_seconds=config.shutdown_timeout,
+        )
         return
     if all(value is None for value in given):
         return
@@ -63,7 +75,35 @@ def initialize(config: DistributedConfig) -> None:
         config.process_id,
         initialization_timeout=config.initialization_timeout,
         heartbeat_timeout_seconds=config.heartbeat_timeout,
+        shutdown_timeout_seconds=config.shutdown_timeout,
     )
+
+
+def as_peer_error(error: Exception) -> Exception:
+    """A `PeerError`, if jax says that another process is gone or did not come to a collective in time; else `error`."""
+    signs = ("gloo", "nccl", "coordination", "deadline_exceeded", "unavailable", "connection")
+    text = " ".join(str(error).split())
+    mine = jax.process_count() == 1 or not isinstance(error, jax.errors.JaxRuntimeError)
+    if mine or not any(sign in text.lower() for sign in signs):
+        return error
+    peer = PeerError(f"another process failed or does not answer, see what it printed ({text[:200]})")
+    peer.__cause__ = error
+    return peer
+
+
+def leave_alone(exit_code: int) -> None:
+    """Lets this process end without the others: at exit, jax would wait for them and then abort.
+
+    The one that coordinates leaves last, as those still there are aborted when it goes.
+    """
+
+    def leave() -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        time.sleep(0 if jax.process_index() else LAST_SECONDS)
+        os._exit(exit_code)
+
+    atexit.register(leave)
 
 
 def agree(facts: dict[str, Any]) -> None:

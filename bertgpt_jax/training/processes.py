@@ -9,8 +9,12 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
 
 from bertgpt_jax import errors
+
+MEETING_SECONDS = 24 * 3600
+"""How long the processes wait for each other to prepare a corpus or compile."""
 
 
 def is_primary() -> bool:
@@ -18,10 +22,19 @@ def is_primary() -> bool:
     return jax.process_index() == 0
 
 
+def meet(what: str) -> None:
+    """Waits until every process has come here, however long one prepares or compiles; a dead one ends the wait.
+
+    Collectives on the CPU give up after 30 seconds; whatever may keep processes apart for longer is to end with this.
+    """
+    multihost.get_barrier_sync_fn()(key=what, timeout_ms=MEETING_SECONDS * 1000)
+
+
 def from_primary(value: Any) -> Any:
     """The primary process's `value` (a JSON tree) in every process; called by all of them."""
     if jax.process_count() == 1:
         return value
+    meet("from_primary")
     data = json.dumps(value).encode() if is_primary() else b""
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
     buffer = np.zeros(size, np.uint8)

@@ -135,7 +135,8 @@ class _Session:
             wandb_project=self.program.config.execution.wandb_project,
         )
         loop: Loop | None = None
-        reason, message = "failed", ""
+        reason: status.Reason = "failed"
+        failure: Exception | None = None
         try:
             self._status(step, "running", writer, None)
             if step >= self.stages[-1].stop and not owed:
@@ -149,17 +150,12 @@ class _Session:
             )  # fmt: skip
             loop.run()
             reason = (self.guard.reason or "preempted") if loop.stopped else "finished"
-        except UserError as error:
-            reason, message = ("diverged" if isinstance(error, Diverged) else "failed"), str(error)
-            raise
         except Exception as error:
-            message = f"{type(error).__name__}: {error}"
-            raise
+            failure = distributed.as_peer_error(error)
+            reason = "diverged" if isinstance(failure, Diverged) else "failed"
+            raise failure  # noqa: B904 (it is `error` itself, or caused by it)
         finally:
-            writer.close()
-            self.checkpoints.close()
-            where = loop.step if loop else step
-            self._status(where, reason, writer, _usable_state(loop) if loop else state, message)
+            self._end(loop.step if loop else step, reason, writer, _usable_state(loop) if loop else state, failure)
         return self._finish(loop, writer, begun)
 
     # ---------------------------------------------------------------- start
@@ -226,6 +222,7 @@ class _Session:
             train_step = setup.lower_train_step(self.program, stage.config).compile()
             compiled.append((train_step, setup.lower_eval_step(self.program, stage.config).compile()))
             self.say(f"compiled stage {stage.config.name} in {time.perf_counter() - begun:.1f} s")
+        processes.meet("compiled")
         return compiled
 
     def _meta(self) -> dict[str, Any]:
@@ -255,6 +252,22 @@ class _Session:
             metrics=writer.last,
             message=message,
         )
+
+    def _end(
+        self, step: int, reason: status.Reason, writer: MetricWriter, state: PyTree | None, failure: Exception | None
+    ) -> None:
+        """Closes everything and writes the status."""
+        writer.close()
+        message = str(failure or "")
+        if failure and not isinstance(failure, UserError):
+            message = f"{type(failure).__name__}: {failure}"
+        if reason == "failed" and jax.process_count() > 1:
+            # perhaps this process alone: what needs the others, who are somewhere else, would never return
+            self._status(step, reason, writer, None, message)
+            distributed.leave_alone(failure.exit_code if isinstance(failure, UserError) else 70)
+        else:
+            self.checkpoints.close()
+            self._status(step, reason, writer, state, message)
 
     def _finish(self, loop: Loop, writer: MetricWriter, begun: float) -> Finish:
         took = duration(time.perf_counter() - begun)

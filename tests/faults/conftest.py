@@ -9,13 +9,15 @@ import random
 import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 HERE = Path(__file__).parent
-TIMEOUT = 240
+TIMEOUT = 500
 
 
 def write_text(path: Path) -> Path:
@@ -37,6 +39,7 @@ class Ended:
     code: int
     out: str
     err: str
+    seconds: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +56,8 @@ class Run:
 
     def start(self, faults: dict[str, Any], *overrides: str, devices: int = 8, wrapped: str = "") -> subprocess.Popen:
         """A process that trains; `wrapped` names its log of batches where there are several."""
-        flags = f"--xla_force_host_platform_device_count={devices}"
+        patience = "--xla_cpu_collective_call_terminate_timeout_seconds=600"  # as in tests/conftest.py
+        flags = f"--xla_force_host_platform_device_count={devices} {patience}"
         environment = os.environ | {
             "XLA_FLAGS": flags,
             "PYTHONPATH": str(HERE.parent.parent),
@@ -78,11 +82,10 @@ class Run:
         children = []
         for rank in (0, 1):
             own = (f"execution.distributed.process_id={rank}", *(second if rank else ()))
-            children.append(
-                self.start(faults if rank else {}, *overrides, *common, *own, devices=4, wrapped=str(rank))
-            )
+            children.append(self.start(faults if rank else {}, *overrides, *common, *own, devices=4, wrapped=str(rank)))
         try:
-            return [ended(child) for child in children]
+            with ThreadPoolExecutor(2) as waiting:
+                return list(waiting.map(ended, children))
         finally:
             for child in children:
                 child.kill()
@@ -96,7 +99,7 @@ class Run:
         return [json.loads(line) for line in (self.workdir / "metrics.jsonl").read_text().splitlines()]
 
     def batches(self) -> dict[tuple[int, int, int], str]:
-        """(sequence length, number in its stage, row) -> digest, of all batches trained on, whichever process had it."""
+        """(sequence length, number in its stage, row) -> digest, of all batches trained on, by any process."""
         found: dict[tuple[int, int, int], str] = {}
         for path in sorted(self.directory.glob(f"{self.name}.batches*")):
             for line in path.read_text().splitlines():
@@ -120,14 +123,15 @@ class Run:
 
 
 def ended(process: subprocess.Popen) -> Ended:
-    """Waits for a process, but not for ever."""
+    """Waits for a process, but not for ever; its seconds are those of the wait."""
+    begun = time.monotonic()
     try:
         out, err = process.communicate(timeout=TIMEOUT)
     except subprocess.TimeoutExpired:
         process.kill()
         out, err = process.communicate()
         raise AssertionError(f"no end after {TIMEOUT} s:\n{out}\n{err}") from None
-    return Ended(process.returncode, out, err)
+    return Ended(process.returncode, out, err, time.monotonic() - begun)
 
 
 @pytest.fixture(scope="session")

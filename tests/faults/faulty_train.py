@@ -6,7 +6,7 @@ FAULTS is a JSON object:
     refuse: directory            nothing below it can be renamed, appended to or changed in place
     nan_from: step               from this step on every loss is not a number
     settled: true                every save is on disk before the next step, so that what a kill leaves is known
-    hang: step                   the process stops for good after this step, its heartbeats go on
+    bad_batch: n                 batch n of each stage raises an error
 
 Every batch that is trained on is noted in BATCH_LOG: one line of JSON a batch and process, a digest for each row.
 """
@@ -19,7 +19,6 @@ import json
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -161,18 +160,19 @@ def settled() -> None:
     Checkpoints.save = save
 
 
-def hang(step: int) -> None:
-    """The main thread never comes back."""
-    from bertgpt_jax.training.metrics import MetricWriter
+def bad_batch(n: int) -> None:
+    """Batch `n` of a stage cannot be read by this process."""
+    from bertgpt_jax.batches.dataset import Dataset
+    from bertgpt_jax.errors import DataError
 
-    real = MetricWriter.tick
+    real = Dataset.batch
 
-    def tick(self: MetricWriter, now: int) -> None:
-        real(self, now)
-        while now == step:
-            time.sleep(1)
+    def batch(self: Dataset, number: int, *args: Any) -> Any:
+        if number == n:
+            raise DataError(f"batch {n} cannot be read")
+        return real(self, number, *args)
 
-    MetricWriter.tick = tick
+    Dataset.batch = batch
 
 
 def main(faults: dict[str, Any], batch_log: Path, argv: list[str]) -> int:
@@ -189,8 +189,8 @@ def main(faults: dict[str, Any], batch_log: Path, argv: list[str]) -> int:
         nan_from(faults["nan_from"])
     if faults.get("settled"):
         settled()
-    if "hang" in faults:
-        hang(faults["hang"])
+    if "bad_batch" in faults:
+        bad_batch(faults["bad_batch"])
     from bertgpt_jax.commands.train import main as train
 
     return train(argv)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 Run = Any  # conftest.Run
+pytestmark = pytest.mark.timeout(600)
 
 
 def rows_by_step(run: Run) -> list[int]:

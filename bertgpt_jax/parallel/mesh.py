@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 from pydantic import Field
 
@@ -36,9 +37,6 @@ class MeshConfig(Config):
         sizes = {axis: getattr(self, axis) for axis in AXES}
         if 0 in sizes.values() or list(sizes.values()).count(-1) > 1:
             raise ConfigError(f"mesh {self.describe()}: sizes are positive, and one of them may be -1")
-        for axis, why in (("pipe", "pipeline stages"), ("context", "sequence shards")):
-            if sizes[axis] not in (1, -1):
-                raise ConfigError(f"mesh.{axis} = {sizes[axis]}: {why} are not available yet; set mesh.{axis}=1")
         fixed = math.prod(size for size in sizes.values() if size != -1)
         if -1 in sizes.values() and devices % fixed == 0:
             sizes[next(axis for axis, size in sizes.items() if size == -1)] = devices // fixed
@@ -47,6 +45,9 @@ class MeshConfig(Config):
                 f"mesh {self.describe()} does not multiply to {devices} devices; "
                 f"(data, fsdp, tensor) may be one of {_factorizations(devices)}"
             )
+        for axis, why in (("pipe", "pipeline stages"), ("context", "sequence shards")):
+            if sizes[axis] != 1:
+                raise ConfigError(f"mesh.{axis} = {sizes[axis]}: {why} are not available yet; set mesh.{axis}=1")
         return sizes
 
     def describe(self) -> str:
@@ -74,5 +75,5 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if devices[0].platform == "cpu":
         array = np.array(devices).reshape(shape)
     else:
-        array = jax.experimental.mesh_utils.create_device_mesh(shape, devices)
+        array = mesh_utils.create_device_mesh(shape, devices)
     return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))

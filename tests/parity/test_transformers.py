@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,7 +35,7 @@ def evaluate(model, objective, params, batch):
         sums = objective.loss(model, params, batch, (), None)
         return total_loss(objective, sums.parts, objective.weights(batch)), sums.parts
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     def run(params):
         outputs = model.apply({"params": params}, *objective.model_inputs(batch))
         return outputs, jax.value_and_grad(loss, has_aux=True)(params)

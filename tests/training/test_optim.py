@@ -32,6 +32,11 @@ OPTIMIZERS = [AdamW(), BertAdam(), Lamb(), Lamb(adapt_all=True, pre_normalize=Tr
 RATE = 1e-2
 
 
+def compiled(transformation):
+    """Its update; these programs run once or twice, so compiling fast is what counts."""
+    return jax.jit(transformation.update, compiler_options={"xla_backend_optimization_level": 0})
+
+
 def tree(seed: int):
     """Leaves of different sizes for every layer, so that a norm over all layers differs from one a layer."""
     rng = np.random.default_rng(seed)
@@ -49,7 +54,7 @@ def steps(config, params, count: int, rate: float = RATE):
     """Parameters after `count` updates with the gradients tree(1), tree(2), ..."""
     transformation = config.build()
     state = transformation.init(params)
-    update = jax.jit(transformation.update)
+    update = compiled(transformation)
     for i in range(count):
         updates, state = update(gradient(params, i + 1), state, params)
         params = jax.tree.map(lambda p, u: p + rate * u, params, updates)
@@ -120,7 +125,7 @@ def test_lamb_under_stacking_equals_lamb_on_single_layers(adapt_all: bool) -> No
 
     for i, params in enumerate(single(0)):
         transformation = config.build()
-        state, update = transformation.init(params), jax.jit(transformation.update)
+        state, update = transformation.init(params), compiled(transformation)
         for step in range(3):
             updates, state = update(single(step + 1)[i], state, params)
             params = jax.tree.map(lambda p, u: p + RATE * u, params, updates)
@@ -167,7 +172,7 @@ def test_prenormalized_lamb_ignores_the_gradients_scale() -> None:
     def update(scale: float):
         transformation = config.build()
         scaled = jax.tree.map(lambda g: g * scale, grads)
-        return jax.jit(transformation.update)(scaled, transformation.init(params), params)[0]
+        return compiled(transformation)(scaled, transformation.init(params), params)[0]
 
     assert_close(update(1.0), update(1000.0), rtol=1e-4)
 
@@ -179,7 +184,7 @@ def test_decay_reaches_kernels_and_tables_but_neither_biases_nor_norms(config) -
     config = config.model_copy(update={"weight_decay": 0.5})
     transformation = config.build()
     zeros = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = jax.jit(transformation.update)(zeros, transformation.init(params), params)
+    updates, _ = compiled(transformation)(zeros, transformation.init(params), params)
     for name, update in flatten(updates).items():
         decayed = not name.endswith(("bias", "scale"))
         assert np.any(update) == decayed, name
@@ -201,7 +206,7 @@ def test_every_optimizer_descends(config) -> None:
     transformation = config.build()
     state = transformation.init(params)
     grads = jax.tree.map(jnp.ones_like, params)
-    update = jax.jit(transformation.update)
+    update = compiled(transformation)
     for _ in range(2):
         updates, state = update(grads, state, params)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state))
@@ -227,7 +232,7 @@ def test_muons_matrices() -> None:
 def test_muon_orthogonalizes_each_layers_matrix() -> None:
     params = tree(0)
     transformation = Muon(weight_decay=0.0).build()
-    updates, _ = jax.jit(transformation.update)(tree(1), transformation.init(params), params)
+    updates, _ = compiled(transformation)(tree(1), transformation.init(params), params)
     got = flatten(updates)
     shapes = {
         "layers/attention/query/kernel": (D, N * H), "layers/attention/output/kernel": (N * H, D),

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 DEVICES = 8
 
@@ -36,6 +37,10 @@ def _prepare_environment() -> None:
 
 
 _prepare_environment()
+
+# The same examples in every run, and no verdict on how long one takes: the machines that run this are small and busy.
+settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.load_profile("repeatable")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

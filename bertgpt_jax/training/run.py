@@ -22,6 +22,7 @@ from bertgpt_jax.training.fingerprint import state_fingerprint
 from bertgpt_jax.training.guards import PreemptionGuard
 from bertgpt_jax.training.loop import Loop
 from bertgpt_jax.training.metrics import MetricWriter, duration
+from bertgpt_jax.training.rows import read_rows
 from bertgpt_jax.training.run_config import RunConfig, with_steps, with_vocabulary
 from bertgpt_jax.training.workdir import cache_root, open_run_corpus, use_compilation_cache, write_description
 
@@ -127,6 +128,8 @@ class _Session:
         """Restores or initialises, trains, and writes how it ended."""
         state, meta = self._start_state()
         step, owed = (meta["step"], meta.get("owed")) if meta else (0, None)
+        if owed and processes.on_primary(_has_row, self.workdir, step):
+            owed = None  # an earlier resume has written it; the checkpoint is still the same
         self._describe(step, meta)
         writer = MetricWriter(
             self.workdir,
@@ -285,6 +288,10 @@ class _Session:
         self.say(f"  next: bertgpt evaluate {self.workdir}   (in a checkout: python tools/evaluate.py {self.workdir})")
         self.say(f"        bertgpt curve {self.workdir} --out curve.png")
         return Finish(loop.step, writer.last, saved)
+
+
+def _has_row(workdir: epath.Path, step: int) -> bool:
+    return any(row["step"] == step for row in read_rows(workdir))
 
 
 def _usable_state(loop: Loop) -> PyTree | None:

@@ -52,6 +52,8 @@ def workdir_path(text: str) -> epath.Path:
     if str(path).startswith("~"):
         raise ConfigError(f"workdir '{text}': no such home directory; write the path in full")
     path = Path(os.path.abspath(path))
+    if "[" in str(path):  # Orbax takes it for a pattern when it puts a checkpoint together: none could be read back
+        raise ConfigError(f"workdir '{text}': checkpoints cannot be kept under a path with '[' ('{path}'); rename it")
     existing = next(p for p in (path, *path.parents) if os.path.lexists(p))
     if not existing.is_dir():
         what = "is a file" if existing.is_file() else "cannot be followed (a broken or circular link?)"

@@ -154,4 +154,4 @@ def undisturbed(faults_directory: Path) -> Run:
 @pytest.fixture
 def disturbed(faults_directory: Path, request: pytest.FixtureRequest) -> Run:
     """A run of the same config in a workdir of its own."""
-    return Run(faults_directory, request.node.name.replace("/", "_"))
+    return Run(faults_directory, "".join(c if c.isalnum() else "_" for c in request.node.name))

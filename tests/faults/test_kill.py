@@ -103,6 +103,7 @@ def test_a_row_that_is_owed_survives_a_kill(undisturbed: Run, disturbed: Run) ->
     assert disturbed.result() == undisturbed.result()
 
 
+@pytest.mark.slow
 def test_stopped_at_the_stage_boundary(undisturbed: Run, disturbed: Run) -> None:
     """In the last evaluation of the first stage, which the resumed run must do with the first stage's data."""
     end = disturbed.train(evaluation=["SIGTERM", 12])

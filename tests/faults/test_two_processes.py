@@ -14,12 +14,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 def test_same_losses_and_batches_as_one_process(undisturbed: Run, disturbed: Run) -> None:
     ends = disturbed.pair({})
     assert [end.code for end in ends] == [0, 0], ends
-    assert ends[1].out == "", "the first process alone talks"
+    said = [line for line in ends[1].out.splitlines() if not line.startswith("[Gloo]")]
+    assert said == [], "the first process alone talks"
     assert disturbed.batches() == undisturbed.batches()
     for ours, theirs in zip(disturbed.rows(), undisturbed.rows(), strict=True):
         assert ours.keys() == theirs.keys() and ours["step"] == theirs["step"]
         for key in ("train/loss", "eval/loss", "optim/grad_norm"):
-            assert ours.get(key) == pytest.approx(theirs.get(key), abs=1e-5, rel=0), (ours["step"], key)
+            if key in theirs:
+                assert ours[key] == pytest.approx(theirs[key], abs=1e-5, rel=0), (ours["step"], key)
     assert not (disturbed.workdir / "run.lock").exists()
 
 

@@ -165,6 +165,12 @@ def test_after_the_end_nothing_happens(config: Path, copied: Callable, capsys: p
     assert {**status(config, "again"), "time": 0} == {**status(config, "first"), "time": 0}
 
 
+def test_a_workdir_whose_checkpoints_could_not_be_read_back(config: Path, capsys: pytest.CaptureFixture) -> None:
+    assert train(config, "lr[1]") == 78
+    error = capsys.readouterr().err
+    assert "lr[1]" in error and "'['" in error and not (config.parent / "lr[1]").exists()
+
+
 def test_another_identity(config: Path, copied: Callable, capsys: pytest.CaptureFixture) -> None:
     workdir = copied("identity")
     peak = "stages.short.schedule.peak"

@@ -95,7 +95,7 @@ def train_step(
 ) -> tuple[State, dict[str, Array]]:
     """One update. Dropout depends on (seed, data_step, microbatch) alone.
 
-    A loss or gradient that is not finite leaves parameters and optimizer as they were and is counted.
+    A loss, gradient or new parameter that is not finite leaves parameters and optimizer as they were and is counted.
 
     Returns:
         the new state and metrics, all fp32 []: `loss`, `<part>_loss`, the objective's, `learning_rate`, `grad_norm`,
@@ -106,13 +106,14 @@ def train_step(
     grads, parts, metric_sums, carry = gradients(model, objective, params, batch, state["carry"], key, microbatches)
     weights = objective.weights(batch)
     loss, grad_norm = total_loss(objective, parts, weights), optax.tree.norm(grads)
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     if optimizer.clip_norm is not None:
         grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, optimizer.clip_norm / (grad_norm + 1e-12)), grads)
 
     rate = schedule(extras["stage_step"])
     updates, moments = optimizer.build().update(grads, state["optimizer"], params)
     moved = jax.tree.map(lambda p, u: p + rate * u, params, updates)
+    # the new parameters too: a huge rate times weight decay overflows where loss and gradient are still finite
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(moved))
     kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (moved, moments), (params, state["optimizer"]))
 
     made = finite.astype(jnp.int32)

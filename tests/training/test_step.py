@@ -121,6 +121,16 @@ def test_an_update_that_is_not_finite_is_left_out_and_counted(bad: str, microbat
     assert np.all(np.isfinite(state["params"]["kernel"]))
 
 
+def test_parameters_that_would_overflow_are_left_out() -> None:
+    """Loss and gradient are finite here; the rate times the decay is not."""
+    optimizer = AdamW(weight_decay=1e30)
+    before = start(optimizer)
+    state, metrics = step_of(optimizer, Constant(peak=1e30))(before, rows(1.0, 2.0))
+    assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
+    assert float(metrics["skipped"]) == 1
+    np.testing.assert_array_equal(state["params"]["kernel"], [1.0, 2.0])
+
+
 def test_randomness_is_of_seed_batch_number_and_microbatch() -> None:
     optimizer = AdamW()
     batch = rows(1.0, 1.0, noise=np.zeros(2, np.float32))

@@ -41,8 +41,8 @@ def test_killed_three_times(undisturbed: Run, disturbed: Run) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", range(1, 21))
-def test_killed_at_every_step(step: int, undisturbed: Run, disturbed: Run) -> None:
+@pytest.mark.parametrize("step", [1, 4, 5, 6, 11, 12, 13, 20])
+def test_killed_around_every_kind_of_step(step: int, undisturbed: Run, disturbed: Run) -> None:
     """Also while checkpoints are being written: the steps take less time than a save."""
     assert disturbed.train(signal=["SIGKILL", step]).code == -signal.SIGKILL
     end = disturbed.train()

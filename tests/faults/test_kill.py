@@ -95,10 +95,10 @@ def test_asked_to_stop_again_and_again(undisturbed: Run, disturbed: Run) -> None
 
 @pytest.mark.slow
 def test_a_row_that_is_owed_survives_a_kill(undisturbed: Run, disturbed: Run) -> None:
-    """Stopped in an evaluation, resumed, killed after the evaluation was written and before the next save."""
+    """Stopped in an evaluation, killed in it again, then killed after it was written and before the next save."""
     assert disturbed.train(evaluation=["SIGTERM", 10]).code == 75
-    assert disturbed.train(signal=["SIGKILL", 11]).code == -signal.SIGKILL
     assert disturbed.train(evaluation=["SIGKILL", 10]).code == -signal.SIGKILL
+    assert disturbed.train(signal=["SIGKILL", 11]).code == -signal.SIGKILL
     assert disturbed.train().code == 0
     assert disturbed.result() == undisturbed.result()
 

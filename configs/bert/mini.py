@@ -4,7 +4,7 @@ Paper:    Turc et al. 2019 (size); Devlin et al. 2019 (objective)
 Command:  python tools/train.py configs/bert/mini.py corpus.path='["wiki/a.gz", "wiki/b.gz"]' --workdir runs/bert-mini
 Hardware: 2 CPU cores
 Hours:    0.3
-Expect:   on 13 files of English Wikipedia (3M tokens) a held-out masked loss of 6.67, the unigram distribution's is 7.11
+Expect:   on 13 files of English Wikipedia (3M tokens) held-out masked loss 6.67, the unigram distribution's is 7.11
 """
 
 from bertgpt_jax.corpus.config import CorpusConfig, HashSplit, WordPieceConfig

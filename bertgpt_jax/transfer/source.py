@@ -1,0 +1,60 @@
+"""Where parameters come from: a checkpoint of ours or a directory of another program."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from bertgpt_jax.corpus.tokenizer import Tokenizer
+from bertgpt_jax.errors import DataError
+from bertgpt_jax.models.bert import BertConfig
+from bertgpt_jax.models.gpt import GptConfig
+
+ModelConfig = BertConfig | GptConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Parameters in our layout, not yet read; reading some at a time bounds the memory.
+
+    Attributes:
+        model_config: with its vocabulary size.
+        tokenizer: None where the source has none.
+        leaves: path (`layers/attention/query/kernel`) -> (dtype name, shape).
+        read: paths -> arrays on the host, checked as far as their source allows (fingerprint, shape, dtype).
+        label: what it is, for messages (`runs/bert, step 1,200`).
+        step: of the checkpoint; None where there is no such thing.
+        meta: the checkpoint's meta data; {} elsewhere.
+    """
+
+    model_config: ModelConfig
+    tokenizer: Tokenizer | None
+    leaves: dict[str, tuple[str, tuple[int, ...]]]
+    read: Callable[[Sequence[str]], dict[str, np.ndarray]]
+    label: str
+    step: int | None
+    meta: dict[str, Any]
+
+
+def nested(flat: dict[str, Any]) -> dict[str, Any]:
+    """The nested dict of `path/to/leaf` keys."""
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+def check_vocabulary(model_config: ModelConfig, tokenizer: Tokenizer | None, label: str) -> None:
+    """Raises DataError where the tokenizer can produce ids that the model's table does not have."""
+    if tokenizer is not None and tokenizer.vocab_size > model_config.vocab_size:
+        raise DataError(
+            f"{label}: its tokenizer has {tokenizer.vocab_size:,} ids, the model's table {model_config.vocab_size:,} "
+            "rows; they do not belong together: give the model's own tokenizer, or extend the vocabulary at import"
+        )

@@ -23,7 +23,9 @@ MAY_IMPORT = {
     "objectives": {"objectives", "models", "nn", "batches", "corpus", *BASE},
     "training": {"training", "evaluation", "parallel", "objectives", "models", "nn", "batches", "corpus", *BASE},
     "transfer": {"transfer", "training", "parallel", "objectives", "models", "nn", "batches", "corpus", *BASE},
-    "evaluation": {"evaluation", "transfer", "training", "parallel", "objectives", "models", "nn", "batches", "corpus", *BASE},
+    "evaluation": {
+        *("evaluation", "transfer", "training", "parallel", "objectives", "models", "nn", "batches", "corpus", *BASE)
+    },
 }
 """What a folder may import of our own package; `commands` may import everything and is imported by nobody."""
 

@@ -37,6 +37,12 @@ class Preempted(UserError):
     exit_code = 75
 
 
+class MachineBusy(UserError):
+    """Something else uses the machine that is to be measured; try again later (75, EX_TEMPFAIL)."""
+
+    exit_code = 75
+
+
 class PeerError(UserError):
     """Another process of the run died, hung or disagrees about the run (76, EX_PROTOCOL)."""
 

@@ -26,15 +26,19 @@ MAY_IMPORT = {
     "evaluation": {
         *("evaluation", "transfer", "training", "parallel", "objectives", "models", "nn", "batches", "corpus", *BASE)
     },
+    "benchmarks": {
+        *("benchmarks", "training", "evaluation", "parallel", "objectives", "models", "nn", "batches", "corpus", *BASE),
+        "transfer",
+    },
 }
 """What a folder may import of our own package; `commands` may import everything and is imported by nobody."""
 
 ONLY_IN = {
     "flax": ("nn/", "models/", "parallel/"),
-    "grain": ("batches/pipeline.py",),
+    "grain": ("batches/pipeline.py", "benchmarks/"),
     "jax": (
         *("nn/", "models/", "parallel/", "objectives/", "training/", "transfer/", "evaluation/", "commands/"),
-        "shapes.py",
+        *("benchmarks/", "shapes.py"),
     ),
     "orbax": ("training/",),
     "tokenizers": ("corpus/",),

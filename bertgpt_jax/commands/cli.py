@@ -15,6 +15,7 @@ VERBS = {
     "tokenizer": "train a tokenizer; encode, decode or check text with it",
     "prepare": "turn text into a tokenised corpus",
     "curve": "draw learning curves to a PNG",
+    "benchmark": "measure a speed beside its peers",
     "doctor": "versions, devices, storage, and what to install",
 }
 """Verb to its line of help; the code of `verb` is `bertgpt_jax/commands/verb.py`."""

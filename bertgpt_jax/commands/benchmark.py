@@ -1,0 +1,117 @@
+"""`benchmark NAME [key=value ...]`: measures a speed beside its peers, on a machine that does nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bertgpt_jax.commands.common import add_platform, command_parser, run_command, select_platform
+from bertgpt_jax.errors import DataError, MachineBusy, UsageError
+
+BENCHMARKS = {
+    "data": "batches a second: masks, windows, pairs, packing, beside Hugging Face collators and Grain per record",
+    "cpu_bert": "a BERT training step on CPU cores beside transformers, eager and torch.compile",
+    "cpu_gpt": "a GPT training step on CPU cores beside transformers, eager and torch.compile",
+}
+"""Name to its line of help; the code of `name` is `bertgpt_jax/benchmarks/name.py`: `Settings`, `run(settings)`."""
+
+ON_CPU = frozenset({"data", "cpu_bert", "cpu_gpt"})
+"""Benchmarks that leave accelerators alone."""
+
+_DESCRIPTION = """\
+Measures a speed. Ours and its peers take turns in one process; medians, their spread, versions and hardware are written
+down. A machine on which others compute is refused, because sides slow down by different factors there."""
+
+_EPILOG = "benchmarks:\n" + "\n".join(f"  {name:10} {text}" for name, text in BENCHMARKS.items())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `tools/benchmark.py` and `bertgpt benchmark`."""
+    parser = command_parser("benchmark", _DESCRIPTION, _EPILOG)
+    parser.add_argument("name", nargs="?", metavar="NAME", help="which benchmark")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of the benchmark")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything that was measured there")
+    parser.add_argument("--allow-loaded", action="store_true", help="measure on a busy machine too, and say so")
+    parser.add_argument("--cpus", type=int, default=2, help="CPUs to use (default 2; 0: all of them)")
+    parser.add_argument("--print-settings", action="store_true", help="show the benchmark's settings and stop")
+    parser.add_argument("--table", nargs="*", type=Path, metavar="FILE", help="Markdown rows of results; no measuring")
+    add_platform(parser)
+    return run_command(_benchmark, parser, argv)
+
+
+def _benchmark(args: argparse.Namespace) -> int:
+    from bertgpt_jax.benchmarks import harness
+    from bertgpt_jax.config import apply_overrides, to_json
+
+    if args.table is not None:
+        print(harness.table(read_results(args.table)))
+        return 0
+    if args.name not in BENCHMARKS:
+        raise UsageError(f"benchmark '{args.name or ''}' is unknown; known: {', '.join(BENCHMARKS)}")
+    harness.use_cpus(args.cpus)
+    select_platform("cpu" if args.name in ON_CPU else args.platform)
+    module = importlib.import_module(f"bertgpt_jax.benchmarks.{args.name}")
+    settings = apply_overrides(module.Settings(), args.settings)
+    if args.print_settings:
+        print(to_json(settings), end="")
+        return 0
+    around = harness.look_around()
+    if around.loaded and not args.allow_loaded:
+        raise MachineBusy(
+            f"others use {around.others + around.stolen:.0%} of this machine's CPU time, over the "
+            f"{harness.BUSY_SHARE:.0%} at which times still mean something; wait, or pass --allow-loaded"
+        )
+    begun = time.perf_counter()
+    with harness.Watch() as watch:
+        result = module.run(settings)
+    found = harness.document(args.name, settings.model_dump(mode="json"), result, watch)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+    _report(found, args, time.perf_counter() - begun)
+    return 0
+
+
+def _report(found: dict[str, Any], args: argparse.Namespace, seconds: float) -> None:
+    from bertgpt_jax.benchmarks import harness
+
+    for tree in found["rows"]:
+        row = harness.Row(**tree)
+        bar = f"   (at least {harness.shown(row.least, row.unit)})" if row.least is not None else ""
+        bar = f"   (at most {harness.shown(row.most, row.unit)})" if row.most is not None else bar
+        print(f"  {row.measure:72} {harness.shown(row.value, row.unit):>16}{bar}{'' if row.met else '  MISSED'}")
+    if found["load"]["drifting"]:
+        print(f"warning: times moved while measuring: {', '.join(found['load']['drifting'])}", file=sys.stderr)
+    if found["loaded"]:
+        others = found["load"]["others"] + found["load"]["stolen"]
+        print(f"warning: DISTURBED: others took {others:.0%} of the machine; do not publish this", file=sys.stderr)
+    where = f": {args.json}" if args.json else "; --json FILE keeps every number"
+    print(f"{found['benchmark']} took {seconds:.0f} s{where}")
+
+
+def read_results(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """The records in `paths`; without any, those in `docs/results` below the current directory.
+
+    Raises:
+        DataError: a file given by name is no record; none is found.
+    """
+    files = list(paths) or sorted(Path("docs/results").glob("*.json"))
+    found = []
+    for path in files:
+        try:
+            tree = json.loads(path.read_text("utf-8"))
+        except ValueError as error:
+            raise DataError(f"{path}: not JSON ({error}); measure again") from None
+        if isinstance(tree, dict) and "benchmark" in tree:
+            found.append(tree)
+        elif paths:
+            raise DataError(f"{path}: no result of a benchmark; write one with tools/benchmark.py NAME --json {path}")
+    if not found:
+        raise DataError("no results of benchmarks in docs/results; run from a checkout, or name the files")
+    return found

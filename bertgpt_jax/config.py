@@ -42,6 +42,16 @@ class _Execution:
 EXECUTION = _Execution()
 """Marks a field that may change on resume: `workers: Annotated[int, EXECUTION] = 2`."""
 
+
+@dataclasses.dataclass(frozen=True)
+class _Added:
+    """Marker type of `ADDED`."""
+
+
+ADDED = _Added()
+"""Marks a field younger than corpora and checkpoints that are to stay valid: at its default it is no part of the
+identity, so theirs do not change: `split: Annotated[str, ADDED] = "train"`."""
+
 C = TypeVar("C", bound=Config)
 
 
@@ -52,8 +62,9 @@ def identity(config: Config) -> dict[str, Any]:
     """The JSON-ready tree of `config` without its execution fields; equal trees train the same thing."""
     tree = {}
     for name, field in type(config).model_fields.items():
-        if EXECUTION not in field.metadata:
-            tree[name] = _identity_value(getattr(config, name))
+        value = getattr(config, name)
+        if EXECUTION not in field.metadata and not (ADDED in field.metadata and value == field.default):
+            tree[name] = _identity_value(value)
     return tree
 
 

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 
 from bertgpt_jax import config as module
 from bertgpt_jax.config import (
+    ADDED,
     EXECUTION,
     Config,
     apply_overrides,
@@ -265,6 +266,16 @@ def test_differences_name_paths() -> None:
         "gone": (0, None),
         "new": (None, {"x": 1}),
     }
+
+
+def test_a_field_added_later_is_identity_only_where_it_is_set() -> None:
+    class Younger(Where):
+        split: Annotated[str, ADDED] = "train"
+        inner: Annotated[Where, ADDED] = Where()
+
+    assert identity(Younger()) == identity(Younger(split="train", inner=Where())) == identity(Where())
+    assert identity(Younger(split="test")) == {"path": "", "split": "test"}
+    assert identity(Younger(inner=Where(path="p"))) == {"path": "", "inner": {"path": "p"}}
 
 
 def test_execution_is_no_part_of_the_identity() -> None:

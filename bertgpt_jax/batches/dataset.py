@@ -126,7 +126,9 @@ class Dataset:
             n: non-negative.
             rows: which of the batch's rows to build, int [R] in [0, B), in the order wanted; all by default.
         """
-        return self._build(self._rows, self.seed, *self._locate(n, rows))
+        if n < 0:
+            raise IndexError(f"batch {n}: batches are numbered from 0")
+        return self.at(self.numbers(n * self.batch_size, self.batch_size, rows))
 
     def describe(self, n: int, rows: np.ndarray | None = None) -> list[dict[str, Any]]:
         """For each row of batch n: its `epoch`, its `example` number there, and the `documents` it is made of.
@@ -134,20 +136,32 @@ class Dataset:
         A document is (shard, index in the shard, first token, end), tokens counted from the document's start; those of
         a pair's A come before those of B. A terminator belongs to the document before it.
         """
+        return self.describe_at(self.numbers(n * self.batch_size, self.batch_size, rows))
+
+    def numbers(self, first: int, size: int, rows: np.ndarray | None = None) -> np.ndarray:
+        """int64[R]: the numbers, through all epochs, of rows (`rows` as in `batch`) of a batch of first..first+size-1.
+
+        Batches of one size begin at multiples of it; a ramp of the batch size says where else.
+        """
+        return check_rows(rows, size) + first
+
+    def at(self, numbers: np.ndarray) -> Batch:
+        """The arrays of the rows of these numbers, in any order."""
+        return self._build(self._rows, self.seed, *self._locate(numbers))
+
+    def describe_at(self, numbers: np.ndarray) -> list[dict[str, Any]]:
+        """`describe` of the rows of these numbers."""
         described = []
-        for epoch, example in zip(*self._locate(n, rows), strict=True):
+        for epoch, example in zip(*self._locate(numbers), strict=True):
             starts, lengths = self._rows.spans(int(epoch), np.array([example]))
             spans = zip(starts[0].tolist(), lengths[0].tolist(), strict=True)
             documents = [d for start, length in spans for d in documents_of(self.corpus, start, start + length)]
             described.append({"epoch": int(epoch), "example": int(example), "documents": documents})
         return described
 
-    def _locate(self, n: int, rows: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        """(epoch, example of the epoch) of rows of batch n, int64[R] both."""
-        if n < 0:
-            raise IndexError(f"batch {n}: batches are numbered from 0")
-        wanted = check_rows(rows, self.batch_size) + n * self.batch_size
-        epoch, rank = self._epochs(wanted)
+    def _locate(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(epoch, example of the epoch) of rows by number, int64[R] both."""
+        epoch, rank = self._epochs(numbers)
         example = np.empty_like(rank)
         for e in np.unique(epoch):
             here = epoch == e

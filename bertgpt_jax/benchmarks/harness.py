@@ -146,6 +146,7 @@ def rate(comparison: dict[str, Any], side: str, work: float) -> float:
 # ---------------------------------------------------------------- the machine
 
 
+@dataclasses.dataclass
 class Watch:
     """How much of the machine others used while a `with` block ran; the time of processes we waited for is ours.
 
@@ -154,8 +155,10 @@ class Watch:
         stolen: share of time the hypervisor gave to other machines, where it tells.
     """
 
+    others: float = 0.0
+    stolen: float = 0.0
+
     def __enter__(self) -> Watch:
-        self.others = self.stolen = 0.0
         self._begun = _cpu_seconds()
         return self
 

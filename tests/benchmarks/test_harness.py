@@ -39,10 +39,7 @@ def test_drift_is_the_second_half_over_the_first():
 
 
 def quiet(others: float = 0.0) -> Watch:
-    with Watch() as watch:
-        watch.others = 0.0
-    watch.others, watch.stolen = others, 0.0
-    return watch
+    return Watch(others=others, stolen=0.0)
 
 
 def test_own_work_is_not_somebody_elses(monkeypatch):
@@ -63,7 +60,7 @@ def test_the_clocks_of_the_machine_are_read():
             pass
     assert 0 <= watch.others <= 1 and 0 <= watch.stolen <= 1
     before, after = watch._begun, harness._cpu_seconds()
-    assert after[3] - before[3] >= 0.2 and after[0] - before[0] >= 0.2
+    assert after[3] - before[3] >= 0.15 and after[0] - before[0] >= 0.15  # they tick every 10 ms
 
 
 def test_a_record_names_no_host_and_becomes_table_rows():

@@ -32,13 +32,7 @@ def fake(monkeypatch):
 
 
 def surroundings(monkeypatch, others: float) -> None:
-    def look(seconds: float = 1.0) -> harness.Watch:
-        with harness.Watch() as watch:
-            pass
-        watch.others, watch.stolen = others, 0.0
-        return watch
-
-    monkeypatch.setattr(harness, "look_around", look)
+    monkeypatch.setattr(harness, "look_around", lambda: harness.Watch(others=others))
 
 
 def test_a_run_is_written_and_read_back_as_a_table(fake, monkeypatch, tmp_path, capsys):

@@ -5,12 +5,13 @@ RoBERTa (Liu et al. 2019) is the same module without types and next sentence, wi
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
 from pydantic import Field
 
+from bertgpt_jax.config import ADDED
 from bertgpt_jax.models.flops import stack_flops
 from bertgpt_jax.nn.blocks import BlockConfig, ComputeConfig, layer_stack
 from bertgpt_jax.nn.layers import Einsum, Embedding, LayerNorm, activation, constrain, dropout, dropout_key
@@ -31,6 +32,9 @@ class BertConfig(BlockConfig):
     )
     type_vocab_size: int = Field(default=2, ge=0, description="0 leaves out token types")
     next_sentence_head: bool = Field(default=True, description="pooler and next-sentence classifier")
+    tied_head: Annotated[bool, ADDED] = Field(
+        default=True, description="the masked-LM head multiplies by the token table, not by one of its own"
+    )
     num_layers: int = Field(default=12, ge=1)
     hidden_size: int = Field(default=768, ge=1)
     num_heads: int = Field(default=12, ge=1)
@@ -91,12 +95,14 @@ class Bert(nn.Module):
         self.masked_bias = self.param(
             "masked_bias", nn.with_logical_partitioning(nn.initializers.zeros, ("vocab",)), (c.vocab_size,), jnp.float32
         )
+        if not c.tied_head:
+            self.masked_output = Embedding(c.vocab_size, d, ("vocab", "embed"), init)
         if c.next_sentence_head:
             self.pooler = Einsum("BD,DE->BE", (d, d), ("embed", "act_embed"), init)
             self.next_sentence = Einsum("BD,DC->BC", (d, 2), ("embed", "classes"), init)
 
-    def encode(self, tokens_BT: Tokens, positions_BT: Tokens, types_BT: Tokens | None, mask: AttentionMask) -> Hidden:
-        """Final hidden states in the compute dtype; `positions_BT` count from 0, whatever the table's offset."""
+    def embed(self, tokens_BT: Tokens, positions_BT: Tokens, types_BT: Tokens | None) -> Hidden:
+        """What the layers read, in the compute dtype; `positions_BT` count from 0, whatever the table's offset."""
         c, dtype = self.config, jnp.dtype(self.compute.dtype)
         x_BTD = self.token_embedding(tokens_BT, dtype)
         x_BTD = x_BTD + self.position_embedding(positions_BT + c.position_offset, dtype)
@@ -104,14 +110,18 @@ class Bert(nn.Module):
             types_BT = jnp.zeros_like(tokens_BT) if types_BT is None else types_BT
             x_BTD = x_BTD + self.type_embedding(types_BT, dtype)
         x_BTD = dropout(self.embedding_norm(x_BTD), c.hidden_dropout, dropout_key(self))
-        x_BTD, _ = self.layers(constrain(x_BTD, "batch", "length", "act_embed"), mask)
-        return x_BTD
+        return constrain(x_BTD, "batch", "length", "act_embed")
+
+    def encode(self, tokens_BT: Tokens, positions_BT: Tokens, types_BT: Tokens | None, mask: AttentionMask) -> Hidden:
+        """Final hidden states in the compute dtype."""
+        return self.layers(self.embed(tokens_BT, positions_BT, types_BT), mask)[0]
 
     def masked_logits(self, x_BTD: Hidden, mask_positions_BP: Array) -> Array:
         """Vocabulary logits [B, P, V] of the given positions only: the head's cost is per prediction, not per token."""
         x_BPD = jnp.take_along_axis(x_BTD, mask_positions_BP[..., None], axis=1)
         x_BPD = activation(self.config.activation)(self.masked_transform(constrain(x_BPD, "batch", None, "act_embed")))
-        logits_BPV = self.token_embedding.attend(self.masked_norm(x_BPD))
+        output = self.token_embedding if self.config.tied_head else self.masked_output
+        logits_BPV = output.attend(self.masked_norm(x_BPD))
         return constrain(logits_BPV + self.masked_bias.astype(x_BPD.dtype), "batch", None, "act_vocab")
 
     def next_sentence_logits(self, x_BTD: Hidden) -> Array:

@@ -1,13 +1,17 @@
-"""GPT-2 (Radford et al. 2019): a pre-norm decoder with learned positions and a tied output head without bias."""
+"""GPT-2 (Radford et al. 2019): a pre-norm decoder with learned positions and a tied output head without bias.
+
+GPT-1 (Radford et al. 2018) is the same module with `GPT1`: norms after the sums and none at the end.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
 from pydantic import Field
 
+from bertgpt_jax.config import ADDED
 from bertgpt_jax.models.flops import stack_flops
 from bertgpt_jax.nn.blocks import BlockConfig, ComputeConfig, layer_stack
 from bertgpt_jax.nn.layers import Embedding, LayerNorm, constrain, dropout, dropout_key
@@ -28,6 +32,10 @@ class GptConfig(BlockConfig):
     num_heads: int = Field(default=12, ge=1)
     intermediate_size: int = Field(default=3072, ge=1)
     norm_position: Literal["post", "pre"] = "pre"
+    final_norm: Annotated[bool, ADDED] = Field(default=True, description="a norm between the last layer and the head")
+    tied_head: Annotated[bool, ADDED] = Field(
+        default=True, description="the head multiplies by the token table, not by one of its own"
+    )
     norm_eps: float = Field(default=1e-5, gt=0)
     activation: Literal["gelu", "gelu_tanh", "relu"] = "gelu_tanh"
     hidden_dropout: float = Field(default=0.1, ge=0, lt=1)
@@ -58,6 +66,12 @@ SIZES = {
 }
 """The released sizes: 124M, 355M, 774M and 1,558M parameters (paper table 2; the first is called 117M there)."""
 
+GPT1 = dict(
+    num_layers=12, hidden_size=768, num_heads=12, intermediate_size=3072, max_positions=512, norm_position="post",
+    final_norm=False, position_initializer_range=0.02, residual_initializer="same",
+)  # fmt: skip
+"""GPT-1, 117M: its size, and how its layers differ from GPT-2's (openai/finetune-transformer-lm train.py)."""
+
 
 class Gpt(nn.Module):
     """Decoder-only language model.
@@ -76,17 +90,33 @@ class Gpt(nn.Module):
         self.token_embedding = Embedding(c.vocab_size, c.hidden_size, ("vocab", "embed"), init)
         self.position_embedding = Embedding(c.max_positions, c.hidden_size, ("positions", "embed"), position_init)
         self.layers = layer_stack(c, self.compute)
-        self.final_norm = LayerNorm(c.hidden_size, c.norm_eps)
+        if c.final_norm:
+            self.final_norm = LayerNorm(c.hidden_size, c.norm_eps)
+        if not c.tied_head:
+            self.output = Embedding(c.vocab_size, c.hidden_size, ("vocab", "embed"), init)
 
-    def encode(self, tokens_BT: Tokens, positions_BT: Tokens, mask: AttentionMask) -> Hidden:
-        """Final hidden states, after the last norm, in the compute dtype."""
+    def embed(self, tokens_BT: Tokens, positions_BT: Tokens) -> Hidden:
+        """What the layers read, in the compute dtype."""
         dtype = jnp.dtype(self.compute.dtype)
         x_BTD = self.token_embedding(tokens_BT, dtype) + self.position_embedding(positions_BT, dtype)
         x_BTD = dropout(x_BTD, self.config.hidden_dropout, dropout_key(self))
-        x_BTD, _ = self.layers(constrain(x_BTD, "batch", "length", "act_embed"), mask)
-        return self.final_norm(x_BTD)
+        return constrain(x_BTD, "batch", "length", "act_embed")
+
+    def normalize(self, x_BTD: Hidden) -> Hidden:
+        """The last layer's hidden states as the head reads them."""
+        return self.final_norm(x_BTD) if self.config.final_norm else x_BTD
+
+    def encode(self, tokens_BT: Tokens, positions_BT: Tokens, mask: AttentionMask) -> Hidden:
+        """Final hidden states, after the last norm, in the compute dtype."""
+        x_BTD, _ = self.layers(self.embed(tokens_BT, positions_BT), mask)
+        return self.normalize(x_BTD)
 
     def __call__(self, tokens_BT: Tokens, positions_BT: Tokens, mask: AttentionMask) -> Logits:
         """Next-token logits in the compute dtype."""
-        logits_BTV = self.token_embedding.attend(self.encode(tokens_BT, positions_BT, mask))
+        return self.logits(self.encode(tokens_BT, positions_BT, mask))
+
+    def logits(self, x_BTD: Hidden) -> Logits:
+        """Vocabulary logits of normalised hidden states."""
+        output = self.token_embedding if self.config.tied_head else self.output
+        logits_BTV = output.attend(x_BTD)
         return constrain(logits_BTV, "batch", "length", "act_vocab")

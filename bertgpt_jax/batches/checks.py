@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from bertgpt_jax.batches.examples import Examples
 from bertgpt_jax.batches.masking import Masking
+from bertgpt_jax.batches.packing import PackedDocuments
 from bertgpt_jax.batches.pairs import MIN_LENGTH, SentencePairs
-from bertgpt_jax.batches.windows import FullDocuments, Windows
+from bertgpt_jax.batches.streams import ContiguousStreams
+from bertgpt_jax.batches.windows import Windows
 from bertgpt_jax.corpus.view import Corpus
 from bertgpt_jax.errors import ConfigError, DataError
 
@@ -23,7 +26,7 @@ def check_rows(rows: np.ndarray | None, batch_size: int) -> np.ndarray:
 
 def check_settings(
     corpus: Corpus,
-    examples: Windows | FullDocuments | SentencePairs,
+    examples: Examples,
     masking: Masking | None,
     sequence_length: int,
     batch_size: int,
@@ -35,7 +38,9 @@ def check_settings(
     least = MIN_LENGTH if isinstance(examples, SentencePairs) else 8
     if sequence_length < least:
         raise ConfigError(f"sequence_length = {sequence_length}: '{kind}' needs at least {least}")
-    if isinstance(examples, Windows):
+    if isinstance(examples, PackedDocuments) and masking is None:
+        return corpus.special.require("eot", purpose=f"examples '{kind}' without masking")
+    if isinstance(examples, Windows | ContiguousStreams):
         if masking is not None:
             raise ConfigError(
                 f"examples '{kind}' are for causal language modelling and take no masking: use full_documents"

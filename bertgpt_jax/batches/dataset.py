@@ -6,41 +6,20 @@ import functools
 import hashlib
 import threading
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Any
 
 import numpy as np
-from pydantic import Field
 
 from bertgpt_jax.batches.checks import check_ids, check_rows, check_settings, check_split
+from bertgpt_jax.batches.examples import FORMAT, Batch, ExampleMaker, Examples, Rows
 from bertgpt_jax.batches.masking import Masking, mask_rows, mask_tables
-from bertgpt_jax.batches.pairs import PairRows, SentencePairs, pair_arrays
-from bertgpt_jax.batches.windows import FixedRows, FullDocuments, Windows, causal_arrays, positions, stream_arrays
+from bertgpt_jax.batches.windows import positions
 from bertgpt_jax.config import fingerprint, identity
 from bertgpt_jax.corpus.view import Corpus
 from bertgpt_jax.errors import DataError
 
-Examples = Annotated[Windows | FullDocuments | SentencePairs, Field(discriminator="kind")]
-"""What a row is made of."""
-
-Batch = dict[str, np.ndarray]
-
-FORMAT = 1
-"""Of what a batch is for given settings; a change to any array of any batch needs a new number."""
-
 EVALUATION_SEED = 20181011
 """Evaluation pairs and masks are the same for every run, whatever its seed."""
-
-
-class Rows(Protocol):
-    """The rows of a split: their number in an epoch, their order, and the tokens they read."""
-
-    same_every_epoch: bool
-
-    def count(self, epoch: int) -> int: ...
-
-    def order(self, epoch: int, ranks: np.ndarray) -> np.ndarray: ...
-
-    def spans(self, epoch: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
 
 
 class Dataset:
@@ -50,14 +29,17 @@ class Dataset:
     an epoch is used exactly once. Arrays of a batch (B rows of T tokens, P predictions; int32 unless said):
 
     * all: `tokens`, `positions` [B, T];
-    * `Windows`: `targets` [B, T], `weights` float32 [B, T];
-    * `FullDocuments`, `SentencePairs`: `segments` [B, T] (1, padding 0), `mask_positions`, `mask_labels` [B, P],
-      `mask_weights` float32 [B, P];
-    * `SentencePairs`: `types` [B, T] (0 A, 1 B), `next_labels` [B] (1 = random), `next_weights` float32 [B].
+    * causal (`Windows`, `ContiguousStreams`, `PackedDocuments` without masking): `targets` [B, T], `weights` float32
+      [B, T];
+    * masked: `segments` [B, T] (1, padding 0), `mask_positions`, `mask_labels` [B, P], `mask_weights` float32 [B, P];
+    * pairs: `types` [B, T] (0 A, 1 B), `next_labels` [B] (1 = random), `next_weights` float32 [B];
+    * packed: `segments` 1, 2, ... in each row, `positions` from 0 in each segment; packed pairs have `next_labels`,
+      `next_weights` and `cls_positions` of [B, K];
+    * `ContiguousStreams`: `resets` [B], 1 where memory is cleared.
 
     Args:
         corpus: a tokenised corpus.
-        examples, masking: what a row is; causal windows take no masking, the others need it.
+        examples, masking: what a row is; causal examples take no masking, the others need it.
         split: "train" or "held_out".
         sequence_length, batch_size: T and B.
         seed: of order, pairs and masks.
@@ -72,7 +54,7 @@ class Dataset:
     def __init__(
         self,
         corpus: Corpus,
-        examples: Windows | FullDocuments | SentencePairs,
+        examples: Examples,
         masking: Masking | None,
         *,
         split: str = "train",
@@ -87,6 +69,7 @@ class Dataset:
         self._cache_dir = Path(cache_dir) if cache_dir else None
         check_settings(corpus, examples, masking, sequence_length, batch_size)
         check_split(corpus, split)
+        self._maker = ExampleMaker(corpus, examples, split, sequence_length, batch_size, causal=masking is None)
         self._tables = None
         if masking is not None:
             self._tables = mask_tables(masking, corpus.special.mask, corpus.special_mask())
@@ -112,6 +95,11 @@ class Dataset:
     def rows_per_epoch(self, epoch: int = 0) -> int:
         """Rows of an epoch; for sentence pairs it differs slightly between epochs, and is planned when asked for."""
         return self._rows.count(epoch)
+
+    def packing_efficiency(self, epoch: int = 0) -> float:
+        """Share of an epoch's B * T slots that hold a token, special ones included; the rest is padding."""
+        filled = self._maker.filled(self._rows, epoch)
+        return filled / (self.rows_per_epoch(epoch) * self.sequence_length)
 
     def epoch_of(self, n: int) -> float:
         """Epochs seen before batch n, in closed form from the first epoch's rows (pairs: nearly exact)."""
@@ -155,7 +143,8 @@ class Dataset:
         for epoch, example in zip(*self._locate(numbers), strict=True):
             starts, lengths = self._rows.spans(int(epoch), np.array([example]))
             spans = zip(starts[0].tolist(), lengths[0].tolist(), strict=True)
-            documents = [d for start, length in spans for d in documents_of(self.corpus, start, start + length)]
+            spans = [(start, start + length) for start, length in spans if length]
+            documents = [d for start, stop in spans for d in documents_of(self.corpus, start, stop)]
             described.append({"epoch": int(epoch), "example": int(example), "documents": documents})
         return described
 
@@ -193,11 +182,11 @@ class Dataset:
 
     @functools.cached_property
     def _rows(self) -> Rows:
-        return self._make_rows(self.seed, partial=False)
+        return self._maker.rows(self.seed, False, self._cache_dir)
 
     @functools.cached_property
     def _eval_rows(self) -> Rows:
-        return self._make_rows(EVALUATION_SEED, partial=True)
+        return self._maker.rows(EVALUATION_SEED, True, self._cache_dir)
 
     def eval_rows(self) -> int:
         """Rows of an evaluation of the whole split; DataError if there are none."""
@@ -256,17 +245,6 @@ class Dataset:
             }
         )
 
-    def _make_rows(self, seed: int, partial: bool) -> Rows:
-        length = self.sequence_length
-        if isinstance(self.examples, SentencePairs):
-            # neither masks nor the batch size change which rows there are
-            key = [FORMAT, self.corpus.fingerprint, identity(self.examples), self.split, length, seed]
-            name = fingerprint(key)[:32]
-            return PairRows(self.corpus, self.examples, self.split, length, seed, name, self._cache_dir)
-        if isinstance(self.examples, FullDocuments):
-            return FixedRows(self.corpus, self.split, length - 2, length - 2, seed, partial)
-        return FixedRows(self.corpus, self.split, length + 1, length, seed, partial)
-
     def _build(self, source: Rows, seed: int, epoch: np.ndarray, example: np.ndarray) -> Batch:
         """The arrays of examples; those of one epoch (a batch meets two at most, usually one) are built together."""
         epochs = np.unique(epoch)
@@ -285,14 +263,9 @@ class Dataset:
 
     def _build_epoch(self, source: Rows, seed: int, epoch: int, example: np.ndarray) -> Batch:
         words = self.masking is not None and self.masking.whole_word
-        if isinstance(source, PairRows):
-            pairs = source.pairs(epoch, example)
-            arrays, word_start = pair_arrays(self.corpus, *pairs, self.sequence_length, words)
-        elif isinstance(self.examples, FullDocuments):
-            spans = source.spans(epoch, example)
-            arrays, word_start = stream_arrays(self.corpus, *spans, self.sequence_length, words)
-        else:
-            return causal_arrays(self.corpus, *source.spans(epoch, example), self.sequence_length)
+        arrays, word_start = self._maker.arrays(source, epoch, example, words)
+        if self.masking is None:
+            return arrays
         real = arrays["segments"] > 0
         masks = mask_rows(self.masking, self._tables, seed, epoch, example, arrays["tokens"], real, word_start)
         return arrays | masks

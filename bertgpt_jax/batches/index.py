@@ -88,6 +88,7 @@ class RowIndex(Generic[P]):
         name: identifies corpus, settings and seed in the cache.
         cache_dir: where the rows of each window are kept between runs, or None.
         plans_kept: plans in memory.
+        same_every_epoch: every epoch has the plans of the first, in an order of its own.
     """
 
     def __init__(
@@ -98,14 +99,16 @@ class RowIndex(Generic[P]):
         name: str,
         cache_dir: Path | None,
         plans_kept: int = PLANS_KEPT,
+        same_every_epoch: bool = False,
     ):
         self._windows, self._make_plan, self._seed, self._name = windows, plan, seed, name
-        self._cache_dir = cache_dir
+        self._cache_dir, self._same_every_epoch = cache_dir, same_every_epoch
         self._plans: Memo[tuple[int, int], P] = Memo(plans_kept)
         self._epochs: Memo[int, _Epoch] = Memo(4)
 
     def plan(self, epoch: int, window: int) -> P:
         """The plan of a window, from memory if it is there."""
+        epoch = self._planned(epoch)
         return self._plans.get((epoch, window), lambda: self._make_plan(epoch, window))
 
     def count(self, epoch: int) -> int:
@@ -147,8 +150,13 @@ class RowIndex(Generic[P]):
         rank_base = np.concatenate([np.zeros(1, np.int64), np.cumsum(rows[blocks])])
         return _Epoch(row_base, blocks, rank_base, int(table[:, 1].sum(dtype=np.int64)))
 
+    def _planned(self, epoch: int) -> int:
+        """The epoch whose plans this one uses."""
+        return 0 if self._same_every_epoch else epoch
+
     def _measured(self, epoch: int) -> np.ndarray:
         """int32[W, 2]: rows and tally of each window."""
+        epoch = self._planned(epoch)
         path = self._cache_dir / f"rows-{self._name}-{epoch}.bin" if self._cache_dir else None
         table = read_table(path, self._windows) if path else None
         if table is None:

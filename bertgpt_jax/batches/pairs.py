@@ -114,7 +114,7 @@ def plan_pairs(config: SentencePairs, sentences: Sentences, sequence_length: int
     stop = np.minimum(np.searchsorted(before, before[:-1] + target[document]), last)
     a_stop = here + 1 + bits.below(draw[:, 0], np.maximum(stop - here - 1, 1))
     random = (stop - here == 1) | bits.happens(draw[:, 1], config.random_fraction)
-    chunk = _chain(np.where(random, a_stop, stop))
+    chunk = chain(np.where(random, a_stop, stop))
 
     draw, document, random = draw[chunk], document[chunk], random[chunk]
     a_stop, stop = a_stop[chunk], stop[chunk]
@@ -132,7 +132,7 @@ def plan_pairs(config: SentencePairs, sentences: Sentences, sequence_length: int
     return PairPlan(sentences.base, start.astype(np.int32), length.astype(np.int32), random, tally)
 
 
-def _chain(following: np.ndarray) -> np.ndarray:
+def chain(following: np.ndarray) -> np.ndarray:
     """int64: 0, following[0], following[following[0]], ...; the chain of a document ends where the next one begins."""
     jump, chain, at = following.tolist(), [], 0
     while at < len(jump):
@@ -197,6 +197,11 @@ class PairRows:
     def count(self, epoch: int) -> int:
         """Rows of an epoch: they vary with its draws, by some percent where documents are few and long."""
         return self._index.count(epoch)
+
+    def filled(self, epoch: int) -> int:
+        """Slots of an epoch's rows that hold a token, special ones included; plans all its windows."""
+        plans = (self._index.plan(epoch, window) for window in range(len(self._windows)))
+        return sum(int(plan.length.sum(dtype=np.int64)) + 3 * len(plan) for plan in plans)
 
     def spans(self, epoch: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Global start and length of A and B of each row, int64[R, 2]."""

@@ -76,14 +76,14 @@ def causal_arrays(
     """The arrays of rows of T+1 consecutive tokens.
 
     Args:
-        starts, lengths: int64[R, 1], at most T+1 tokens a row.
+        starts, lengths: int64[R, k], the spans of a row; together at most T+1 tokens.
 
     Returns:
         `tokens`, `targets` (the next tokens), `positions` int32[R, T]; `weights` float32[R, T], 0 beyond the end.
     """
     window = np.full((len(starts), sequence_length + 1), corpus.special.pad or 0, np.int32)
     column = np.arange(sequence_length + 1)
-    tokens = corpus.gather(starts[:, 0], lengths[:, 0])
+    tokens, lengths = corpus.gather(starts.reshape(-1), lengths.reshape(-1)), lengths.sum(1, keepdims=True)
     if tokens.size == window.size:
         window[:] = tokens.reshape(window.shape)
     else:

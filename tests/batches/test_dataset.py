@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bertgpt_jax.batches import pairs
-from bertgpt_jax.batches.dataset import Dataset, FullDocuments, Masking, SentencePairs, Windows
+from bertgpt_jax.batches.dataset import Dataset
+from bertgpt_jax.batches.examples import FullDocuments, SentencePairs, Windows
+from bertgpt_jax.batches.masking import Masking
 from bertgpt_jax.corpus.special import TRAINED_IDS, SpecialIds
 from bertgpt_jax.corpus.view import InMemoryCorpus
 from bertgpt_jax.errors import ConfigError, DataError
@@ -84,7 +86,7 @@ GOLDEN = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_batches_never_change(kind):
-    """A difference here changes every run: give `dataset.FORMAT` a new number with the new goldens."""
+    """A difference here changes every run: give `examples.FORMAT` a new number with the new goldens."""
     numbers = (np.arange(4000) * 7919 % 487 + 6).tolist()
     cuts = [0, *(np.cumsum(np.arange(500) % 13 + 1)).tolist()]
     sentences = [numbers[a:b] for a, b in zip(cuts, cuts[1:], strict=False) if b <= len(numbers)]

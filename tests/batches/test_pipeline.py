@@ -8,7 +8,9 @@ import time
 import numpy as np
 import pytest
 
-from bertgpt_jax.batches.dataset import Dataset, Masking, SentencePairs
+from bertgpt_jax.batches.dataset import Dataset
+from bertgpt_jax.batches.masking import Masking
+from bertgpt_jax.batches.pairs import SentencePairs
 from bertgpt_jax.batches.pipeline import prefetch
 from bertgpt_jax.errors import ConfigError, DataError
 

@@ -6,12 +6,10 @@ shapes and dtypes are compared before the arrays are read, and their fingerprint
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import gc
 import logging
-import sys
 import tempfile
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -150,7 +148,7 @@ def _read(workdir: epath.Path, meta: dict[str, Any], abstract: Any, partial: boo
     flat = flatten(abstract)
     reason, arrays = "", None
     try:
-        with _arrays_directory(workdir, meta["step"]) as directory:
+        with _finishing_reads(), _arrays_directory(workdir, meta["step"]) as directory:
             arrays = ocp.PyTreeCheckpointHandler().restore(
                 directory,
                 args=ocp.args.PyTreeRestore(
@@ -165,8 +163,6 @@ def _read(workdir: epath.Path, meta: dict[str, Any], abstract: Any, partial: boo
         raise  # no memory, or no access: says nothing about the checkpoint
     except Exception as error:  # Orbax has no error class for damage: JSONDecodeError, KeyError, ValueError, Exception
         reason = _reason(error)
-    if reason:
-        _collect_unfinished_reads()
     if not processes.all_agree(not reason):
         raise files.Damaged(reason or "another process could not read its part")
     found = fingerprint_tree(arrays)
@@ -185,14 +181,33 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {text if len(text) <= 300 else text[:150] + ' ... ' + text[-150:]}"
 
 
-def _collect_unfinished_reads() -> None:
-    """Frees the reads that Orbax abandons when one fails: each would print a traceback at some later moment."""
-    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+class _FinishingLoop(asyncio.SelectorEventLoop):
+    """An event loop that closes only when all it was given to do has ended."""
+
+    def close(self) -> None:
+        left = set() if self.is_closed() else asyncio.all_tasks(self)
+        if left:
+            self.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+        super().close()
+
+
+class _FinishingLoops(asyncio.DefaultEventLoopPolicy):
+    def new_event_loop(self) -> asyncio.AbstractEventLoop:
+        return _FinishingLoop()
+
+
+@contextlib.contextmanager
+def _finishing_reads() -> Iterator[None]:
+    """When one of Orbax's reads fails it closes the loop of all others; those then report to a loop that is gone.
+
+    TensorStore's threads do that at any later moment, with a traceback each; a process on Python 3.12 crashed by it.
+    """
+    before = asyncio.get_event_loop_policy()
+    asyncio.set_event_loop_policy(_FinishingLoops())
     try:
-        with warnings.catch_warnings(action="ignore"):
-            gc.collect()
+        yield
     finally:
-        sys.unraisablehook = hook
+        asyncio.set_event_loop_policy(before)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,9 @@ from bertgpt_jax.training import loop
 from bertgpt_jax.training.run_config import RunConfig
 
 FAULTS = Path(__file__).parent.parent / "faults"
+# reads of a damaged checkpoint that are abandoned report at any later moment, to an event loop that is gone
+pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+
 FIRST, LAST = 12, 32
 """Steps of the run that all others go on from, and of those."""
 

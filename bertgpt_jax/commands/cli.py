@@ -16,6 +16,7 @@ VERBS = {
     "prepare": "turn text into a tokenised corpus",
     "curve": "draw learning curves to a PNG",
     "benchmark": "measure a speed beside its peers",
+    "launch_local": "start a command as several processes over loopback",
     "doctor": "versions, devices, storage, and what to install",
 }
 """Verb to its line of help; the code of `verb` is `bertgpt_jax/commands/verb.py`."""

@@ -45,13 +45,14 @@ def _train(args: argparse.Namespace) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA tells of its compilation cache at every start
     select_platform(args.platform)
     from bertgpt_jax.config import load_config, to_json
+    from bertgpt_jax.parallel.distributed import from_environment
     from bertgpt_jax.training.run_config import RunConfig
 
     config = load_config(args.config, RunConfig, args.overrides)
     if args.print_config:
         print(to_json(config), end="")
         return 0
-    if not config.execution.distributed.is_set:
+    if not from_environment(config.execution.distributed).is_set:  # else no device may be touched before they meet
         check_platform(args.platform)
     if args.dry_run:
         from bertgpt_jax.training.dry_run import describe

@@ -8,13 +8,14 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from pydantic import Field
 
-from bertgpt_jax.config import Config, differences
+from bertgpt_jax.config import Config, build, differences
 from bertgpt_jax.errors import ConfigError, PeerError
 
 LAST_SECONDS = 5.0
@@ -39,6 +40,22 @@ class DistributedConfig(Config):
     def is_set(self) -> bool:
         """Whether there is more than this process."""
         return self.auto or self.coordinator is not None
+
+
+def from_environment(config: DistributedConfig, environ: Mapping[str, str] = os.environ) -> DistributedConfig:
+    """`config`, or what a launcher says (JAX_COORDINATOR_ADDRESS, _NUM_PROCESSES, _PROCESS_ID) where it is silent.
+
+    Raises:
+        ConfigError: a number that is none.
+    """
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    given = [environ.get(name) for name in names]
+    if config.auto or any(v is not None for v in (config.coordinator, config.num_processes, config.process_id)):
+        return config
+    if any(value is None for value in given):  # the address alone is for clusters that jax knows (auto)
+        return config
+    settings = config.model_dump() | dict(zip(("coordinator", "num_processes", "process_id"), given, strict=True))
+    return build(DistributedConfig, settings, " ".join(names))
 
 
 def initialize(config: DistributedConfig) -> None:

@@ -31,6 +31,10 @@ class BackedTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._backend.decode(self.check_ids(ids), skip_special_tokens=False)
 
+    def pipeline(self) -> str:
+        """The JSON of the `tokenizers` pipeline."""
+        return self._backend.to_str()
+
     def token(self, id: int) -> str:
         return self._spellings[self.check_ids([id])[0]]
 

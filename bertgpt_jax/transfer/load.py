@@ -12,6 +12,7 @@ from bertgpt_jax.corpus.tokenizer import Tokenizer
 from bertgpt_jax.errors import ConfigError
 from bertgpt_jax.shapes import Params
 from bertgpt_jax.training import resume, storage
+from bertgpt_jax.transfer.hf_directory import open_directory
 from bertgpt_jax.transfer.source import ModelConfig, Source, nested
 from bertgpt_jax.transfer.workdir import open_workdir
 
@@ -57,13 +58,29 @@ def load_model(path: str, which: str | int = "best", dtype: str | None = None) -
 
 def open_source(path: str, which: str | int = "best") -> Source:
     """What `load_model` reads, not yet read."""
+    if is_workdir(path):
+        return open_workdir(storage.workdir_path(path), which)
+    return open_directory(Path(path).expanduser())
+
+
+def is_workdir(path: str) -> bool:
+    """Whether `path` is the workdir of a run, and not a Hugging Face directory.
+
+    Raises:
+        ConfigError: it is neither; for a name of the hub, with the command that downloads it.
+    """
     workdir = storage.workdir_path(path) if Path(path).expanduser().is_dir() or "://" in path else None
     if workdir is None or not storage.is_directory(workdir):
         raise missing(path)
     tree = storage.read_json(workdir / resume.CONFIG_FILE)
     if isinstance(tree, dict) and "stages" in tree:
-        return open_workdir(workdir, which)
-    raise ConfigError(f"'{path}' is not the workdir of a run: it has no {resume.CONFIG_FILE} of one")
+        return True
+    if not storage.is_local(workdir) or not (isinstance(tree, dict) and "model_type" in tree):
+        raise ConfigError(
+            f"'{path}' is neither the workdir of a run nor a Hugging Face directory: its {resume.CONFIG_FILE} is "
+            + ("missing" if tree is None else "of neither")
+        )
+    return False
 
 
 def missing(path: str) -> ConfigError:

@@ -6,12 +6,17 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from bertgpt_jax.corpus.tokenizer import Tokenizer
 from bertgpt_jax.errors import DataError
+from bertgpt_jax.models import make_model
 from bertgpt_jax.models.bert import BertConfig
 from bertgpt_jax.models.gpt import GptConfig
+from bertgpt_jax.nn.blocks import ComputeConfig
+from bertgpt_jax.nn.masks import AttentionMask
+from bertgpt_jax.parallel.sharding import flatten, unboxed
 
 ModelConfig = BertConfig | GptConfig
 
@@ -58,3 +63,13 @@ def check_vocabulary(model_config: ModelConfig, tokenizer: Tokenizer | None, lab
             f"{label}: its tokenizer has {tokenizer.vocab_size:,} ids, the model's table {model_config.vocab_size:,} "
             "rows; they do not belong together: give the model's own tokenizer, or extend the vocabulary at import"
         )
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Path -> (dtype, shape) of the parameters of a config; nothing is computed."""
+    model = make_model(config, ComputeConfig(unroll_layers=False))
+    ids = jax.ShapeDtypeStruct((1, 1), "int32")
+    inputs = (ids, ids, ids, AttentionMask(), ids) if config.kind == "bert" else (ids, ids, AttentionMask())
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    abstract = unboxed(jax.eval_shape(model.init, key, *inputs)["params"])
+    return {path: (leaf.dtype.name, tuple(leaf.shape)) for path, leaf in flatten(abstract).items()}

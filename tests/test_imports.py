@@ -41,7 +41,7 @@ ONLY_IN = {
         *("benchmarks/", "shapes.py"),
     ),
     "orbax": ("training/",),
-    "tokenizers": ("corpus/",),
+    "tokenizers": ("corpus/", "transfer/hf_tokenizer.py"),
     "sentencepiece": ("corpus/",),
     "tensorboardX": ("training/trackers.py",),
 }

@@ -12,8 +12,8 @@ from bertgpt_jax.errors import DataError
 
 CHANGES = ("invalid_utf8", "bom", "newlines", "html_entities", "control_characters", "gutenberg")
 """Steps that change a document; counted in documents."""
-DROPS = ("empty", "title_stubs", "min_characters")
-"""Steps that drop a document."""
+DROPS = ("empty", "title_stubs", "min_characters", "language", "max_characters", "duplicates")
+"""Steps that drop a document; the last three are the filters."""
 
 _LINE_CONTROLS = re.compile("[\x0b\x0c\x85]")
 _CONTROLS = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")

@@ -1,4 +1,4 @@
-"""Which files a source is, of which format, and where large ones may be cut."""
+"""Which files a source is, and of which format."""
 
 from __future__ import annotations
 
@@ -16,16 +16,21 @@ from pathlib import Path
 from typing import BinaryIO
 
 from bertgpt_jax.corpus.config import CorpusConfig
+from bertgpt_jax.corpus.stdin import refuse_stdin
+from bertgpt_jax.corpus.tables import TABLE_SUFFIXES, saved_files
+from bertgpt_jax.corpus.tfds import PREFIX, find_examples
 from bertgpt_jax.errors import ConfigError, DataError, StorageError
 
-_MAGIC = {b"PAR1": "Parquet", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz",
+_MAGIC = {b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz",
           b"%PDF": "PDF", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}  # fmt: skip
-_NOT_TEXT = {".parquet", ".arrow", ".array_record", ".tfrecord", ".npy", ".npz", ".bin", ".pkl", ".pt", ".zip", ".tar"}
+_NOT_TEXT = {".array_record", ".tfrecord", ".npy", ".npz", ".bin", ".pkl", ".pt", ".zip", ".tar"}
+_TABLE_MAGIC = {b"PAR1": "parquet", b"ARROW1": "arrow"}
 _STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "__pycache__", "idlelib", "lib2to3", "turtledemo"}
-_SPLITTABLE = {"text", "jsonl", "wiki"}
+_WITHOUT_TEXT = {"parquet", "arrow", "tfds", "stdlib"}
+FIELD_FORMATS = frozenset({"jsonl", "parquet", "arrow", "tfds"})
+"""Formats whose documents have fields beside the text."""
 _BLOCK = 1 << 20
 _WHOLE_DIGEST = 64 << 20
-MAX_FILE_DOCUMENT = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +40,10 @@ class SourceFile:
     Attributes:
         path: where it is.
         name: how the manifest calls it: the path below what the files have in common.
-        format: `text`, `file`, `jsonl`, `wiki` or `stdlib`.
+        format: `text`, `file`, `jsonl`, `wiki`, `stdlib`, `parquet`, `arrow` or `tfds`.
         size: bytes on disk.
         digest: hash of the bytes (of 16 blocks and the size, for files over 64 MiB).
+        mtime_ns: when it was last written, in ns; while it is the same, the digest is not computed again.
     """
 
     path: str
@@ -45,6 +51,7 @@ class SourceFile:
     format: str
     size: int
     digest: str
+    mtime_ns: int = 0
 
 
 @contextmanager
@@ -83,24 +90,36 @@ def find_files(config: CorpusConfig) -> tuple[SourceFile, ...]:
     patterns = (config.path,) if isinstance(config.path, str) else config.path
     if not any(p.strip() for p in patterns):
         raise ConfigError("corpus.path is empty: this config needs your text; pass corpus.path=FILE")
-    paths = [path for pattern in patterns for path in _expand(pattern)]
+    refuse_stdin(patterns)
+    if config.format == "tfds" and not all(p.startswith(PREFIX) for p in patterns):
+        raise ConfigError(f"corpus.format = 'tfds': corpus.path = {config.path!r} must name a data set, '{PREFIX}NAME'")
+    found = [(path, pattern) for pattern in patterns for path in _expand(pattern, config)]
     resolved: dict[Path, Path] = {}
-    for path in paths:
+    for path, _ in found:
         if path.resolve() in resolved:
             raise DataError(f"corpus.path names {path} twice: every file may be given once")
         resolved[path.resolve()] = path
-    _check_complete(paths)
-    parents = [path.parent for path in paths]
-    common = _common_parent(parents)
-    return tuple(_source_file(path, path.relative_to(common).as_posix(), config.format) for path in paths)
+    _check_complete([path for path, pattern in found if not pattern.startswith(PREFIX)])
+    common = _common_parent([path.parent for path, _ in found])
+    files = []
+    for path, pattern in found:
+        kind = "tfds" if pattern.startswith(PREFIX) else config.format
+        files.append(_source_file(path, path.relative_to(common).as_posix(), kind))
+    _check_fields(files, config)
+    return tuple(files)
 
 
-def _expand(pattern: str) -> list[Path]:
+def _expand(pattern: str, config: CorpusConfig) -> list[Path]:
+    if pattern.startswith(PREFIX):
+        return find_examples(pattern, config.split, config.data_dir)
     path = Path(pattern).expanduser()
     try:
         if path.is_file():
             return [path]
         if path.is_dir():
+            saved = saved_files(path, config.split) if config.format in ("auto", "arrow") else None
+            if saved is not None:
+                return saved
             inside = [p for p in path.rglob("*") if not any(x.startswith(".") for x in p.relative_to(path).parts)]
             found = sorted(p for p in inside if p.is_file())
             if not found:
@@ -136,19 +155,52 @@ def _common_parent(parents: list[Path]) -> Path:
     return common
 
 
+def _check_fields(files: list[SourceFile], config: CorpusConfig) -> None:
+    """A language is read from a field, which text has not."""
+    without = [file for file in files if file.format not in FIELD_FORMATS]
+    if config.filters.languages and without:
+        rule = f"{without[0].path} is {without[0].format} and has no fields ({', '.join(sorted(FIELD_FORMATS))} have)"
+        raise ConfigError(f"corpus.filters.language_field = '{config.filters.language_field}': {rule}")
+
+
 def _source_file(path: Path, name: str, wanted: str) -> SourceFile:
-    if path.suffix in _NOT_TEXT:
-        raise DataError(f"{path}: {path.suffix} is not read; convert it to .txt or .jsonl")
     with open_bytes(str(path)) as stream:
         head = stream.read(1 << 16)
-    for magic, kind in _MAGIC.items():
+    kind = wanted if wanted != "auto" else _detect(path, head)
+    if kind not in _WITHOUT_TEXT:
+        _check_text(path, head)
+    status = path.stat()
+    return SourceFile(str(path), name, kind, status.st_size, _digest(path, status.st_size), status.st_mtime_ns)
+
+
+def _check_text(path: Path, head: bytes) -> None:
+    if path.suffix in _NOT_TEXT:
+        advice = f"; pass '{PREFIX}NAME' and corpus.data_dir" if path.suffix == ".array_record" else ""
+        raise DataError(f"{path}: {path.suffix} is not read{advice or '; convert it to .txt or .jsonl'}")
+    for magic, kind in (_MAGIC | _TABLE_MAGIC).items():
         if head.startswith(magic):
             raise DataError(f"{path}: this is {kind}, not UTF-8 text; convert it first")
     if head.count(0) > len(head) // 100:
         raise DataError(f"{path}: this looks like a binary file ({head.count(0)} NUL bytes in its first {len(head)})")
-    kind = wanted if wanted != "auto" else _detect(path, head)
-    size = path.stat().st_size
-    return SourceFile(str(path), name, kind, size, _digest(path, size))
+
+
+def check_unchanged(file: SourceFile) -> None:
+    """Compares a file with what it was when the build was planned.
+
+    Raises:
+        DataError: it has changed since, or is gone.
+    """
+    path = Path(file.path)
+    try:
+        status = path.stat()
+        if (status.st_size, status.st_mtime_ns) == (file.size, file.mtime_ns):
+            return
+        changed = status.st_size != file.size or _digest(path, status.st_size) != file.digest
+        now = f"it had {file.size:,} bytes and has {status.st_size:,}"
+    except OSError as error:
+        changed, now = True, f"now: {error.strerror}"
+    if changed:
+        raise DataError(f"{file.path} changed while it was read ({now}); prepare from a copy that nothing writes to")
 
 
 def _detect(path: Path, head: bytes) -> str:
@@ -158,6 +210,11 @@ def _detect(path: Path, head: bytes) -> str:
         return "jsonl"
     if suffixes and suffixes[-1] == ".json":
         raise DataError(f"{path}: .json is one JSON value; write one object a line (.jsonl), or set corpus.format")
+    for magic, kind in _TABLE_MAGIC.items():
+        if head.startswith(magic):
+            return kind
+    if path.suffix in TABLE_SUFFIXES:
+        return TABLE_SUFFIXES[path.suffix]
     if head.lstrip().startswith(b"<doc "):
         return "wiki"
     return "file" if b"Project Gutenberg" in head[:4096] else "text"
@@ -184,53 +241,7 @@ def _stdlib_files() -> tuple[SourceFile, ...]:
     for folder, inside, names in os.walk(root):
         inside[:] = sorted(n for n in inside if n not in _STDLIB_SKIPPED and not n.startswith("config-"))
         for path in sorted(Path(folder, name) for name in names if name.endswith(".py")):
-            size = path.stat().st_size
-            name = path.relative_to(root).as_posix()
-            files.append(SourceFile(str(path), name, "stdlib", size, _digest(path, size)))
+            files.append(_source_file(path, path.relative_to(root).as_posix(), "stdlib"))
     if not files:
         raise StorageError(f"corpus.path = 'stdlib': {root} holds no Python sources; pass a text of your own")
     return tuple(files)
-
-
-# ---------------------------------------------------------------- cuts
-
-
-def cut_file(file: SourceFile, target: int, separator: str) -> list[tuple[int, int]]:
-    """Byte ranges `[lo, hi)` of the uncompressed file that start at documents and hold about `target` bytes each.
-
-    A gzip file is decompressed once. Formats that cannot be cut give one range.
-    """
-    with open_bytes(file.path) as stream:
-        if file.format not in _SPLITTABLE:
-            size = stream.seek(MAX_FILE_DOCUMENT + 1) if isinstance(stream, gzip.GzipFile) else file.size
-            if size > MAX_FILE_DOCUMENT:
-                rule = f"one document of over {MAX_FILE_DOCUMENT:,} bytes; use corpus.format=text"
-                raise DataError(f"{file.path} is {rule}")
-            return [(0, size)]
-        ranges, lo = [], 0
-        while True:
-            hi = _next_document(stream, lo + target, file.format, separator)
-            if hi is None:
-                end = stream.seek(0, 2) if not isinstance(stream, gzip.GzipFile) else stream.tell()
-                return [*ranges, (lo, end)] if end > lo or not ranges else ranges
-            ranges.append((lo, hi))
-            lo = hi
-
-
-def _next_document(stream: BinaryIO, position: int, kind: str, separator: str) -> int | None:
-    """Offset of the first document that certainly starts after `position`; None at the end of the file."""
-    if stream.seek(position) < position:
-        return None
-    line = stream.readline()
-    mark, parted = separator.encode(), False
-    while line:
-        offset = stream.tell()
-        line = stream.readline()
-        stripped = line.strip()
-        if kind == "jsonl" or (kind == "wiki" and line.startswith(b"<doc ")):
-            return offset if line else None
-        if kind == "text" and line:
-            if parted and stripped:
-                return offset
-            parted = stripped == mark if mark else not stripped
-    return None

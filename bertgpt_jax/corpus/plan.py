@@ -9,7 +9,8 @@ from typing import Any
 
 from bertgpt_jax.config import build, fingerprint, identity
 from bertgpt_jax.corpus.config import CorpusConfig
-from bertgpt_jax.corpus.files import SourceFile, cut_file, find_files
+from bertgpt_jax.corpus.cuts import cut_source
+from bertgpt_jax.corpus.files import SourceFile, find_files
 from bertgpt_jax.corpus.kinds import open_tokenizer
 
 FORMAT_VERSION = 1
@@ -20,11 +21,12 @@ _GZIP_RATIO = 3
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """Bytes `[lo, hi)` of the uncompressed file number `file`."""
+    """Documents of the file number `file`: those of positions `[lo, hi)`, as `cut_source` made them; `size` bytes."""
 
     file: int
     lo: int
     hi: int
+    size: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,16 +38,18 @@ class Plan:
         files: the source files, in order.
         shards: the pieces each shard is made of.
         request: sha256 (hex) of all that decides the result: sources, settings, the tokenizer's files.
+        duplicates: directory with the numbers of the documents to drop, a file a shard; "" drops none.
     """
 
     config: CorpusConfig
     files: tuple[SourceFile, ...]
     shards: tuple[tuple[Piece, ...], ...]
     request: str
+    duplicates: str = ""
 
     def shard_size(self, index: int) -> int:
         """Uncompressed bytes of a shard's pieces."""
-        return sum(piece.hi - piece.lo for piece in self.shards[index])
+        return sum(piece.size for piece in self.shards[index])
 
 
 def find_request(config: CorpusConfig) -> tuple[tuple[SourceFile, ...], str]:
@@ -64,12 +68,12 @@ def make_plan(config: CorpusConfig, files: tuple[SourceFile, ...], request: str)
     held: list[Piece] = []
     size = 0
     for number, file in enumerate(files):
-        for lo, hi in cut_file(file, target, config.separator):
-            if held and size + hi - lo > target:
+        for lo, hi, bytes_ in cut_source(file, target, config):
+            if held and size + bytes_ > target:
                 shards.append(tuple(held))
                 held, size = [], 0
-            held.append(Piece(number, lo, hi))
-            size += hi - lo
+            held.append(Piece(number, lo, hi, bytes_))
+            size += bytes_
     shards.append(tuple(held))
     return Plan(config, files, tuple(shards), request)
 
@@ -81,6 +85,7 @@ def plan_to_json(plan: Plan) -> str:
         "files": [dataclasses.astuple(f) for f in plan.files],
         "shards": [[dataclasses.astuple(p) for p in pieces] for pieces in plan.shards],
         "request": plan.request,
+        "duplicates": plan.duplicates,
     }
     return json.dumps(tree) + "\n"
 
@@ -93,4 +98,5 @@ def plan_from_json(path: Path) -> Plan:
         tuple(SourceFile(*f) for f in tree["files"]),
         tuple(tuple(Piece(*p) for p in pieces) for pieces in tree["shards"]),
         tree["request"],
+        tree["duplicates"],
     )

@@ -11,9 +11,10 @@ import numpy as np
 
 from bertgpt_jax.corpus.cleaning import clean
 from bertgpt_jax.corpus.config import CorpusConfig, HashSplit
+from bertgpt_jax.corpus.files import check_unchanged
 from bertgpt_jax.corpus.plan import Plan
 from bertgpt_jax.corpus.sentences import split_sentences
-from bertgpt_jax.corpus.sources import WRAPPED_FORMATS, read_documents
+from bertgpt_jax.corpus.sources import WRAPPED_FORMATS, RawDocument, read_documents
 from bertgpt_jax.corpus.store import shard_name, token_dtype, write_shard
 from bertgpt_jax.corpus.tokenizer import Tokenizer
 from bertgpt_jax.corpus.view import ragged_index
@@ -59,19 +60,61 @@ def mix(value: int, key: int) -> int:
 
 def shard_documents(plan: Plan, index: int, counts: Counter[str]) -> Iterator[Document]:
     """The documents of a shard in the order of its sources; `counts` gets what cleaning did and `documents_read`."""
+    config, dropped = plan.config, _dropped(plan, index)
+    for number, source, offset, text in cleaned_documents(plan, index, counts):
+        if number in dropped:
+            counts["duplicates"] += 1
+            continue
+        wrapped = plan.files[source].format in WRAPPED_FORMATS
+        for part, held_out in _sides(text, config):
+            sentences = split_sentences(part, config.sentences, wrapped)
+            yield Document(part, held_out, source, offset, sentences, text_hash(part))
+
+
+def cleaned_documents(plan: Plan, index: int, counts: Counter[str]) -> Iterator[tuple[int, int, int, str]]:
+    """(number in the shard, row of the plan's files, offset there, text) of the documents that cleaning and filters
+    leave, but for duplicates."""
+    filters = plan.config.filters
+    for number, (source, raw) in enumerate(_raw_documents(plan, index)):
+        counts["documents_read"] += 1
+        if filters.languages and raw.language not in filters.languages:
+            counts["language"] += 1
+            continue
+        try:
+            text = clean(raw, plan.config.cleaning, counts)
+        except DataError as error:
+            raise DataError(f"{plan.files[source].path}: {error}") from None
+        if text is not None and len(text) > (filters.max_characters or len(text)):
+            counts["max_characters"] += 1
+        elif text is not None:
+            yield number, source, raw.offset, text
+
+
+def _raw_documents(plan: Plan, index: int) -> Iterator[tuple[int, RawDocument]]:
+    """(row of the plan's files, document) of a shard as its files have them."""
     config = plan.config
     for piece in plan.shards[index]:
-        file = plan.files[piece.file]
-        wrapped = file.format in WRAPPED_FORMATS
-        for raw in read_documents(file, piece.lo, piece.hi, config.text_field, config.separator):
-            counts["documents_read"] += 1
-            try:
-                text = clean(raw, config.cleaning, counts)
-            except DataError as error:
-                raise DataError(f"{file.path}: {error}") from None
-            for part, held_out in _sides(text, config) if text is not None else ():
-                sentences = split_sentences(part, config.sentences, wrapped)
-                yield Document(part, held_out, piece.file, raw.offset, sentences, text_hash(part))
+        file, fields = plan.files[piece.file], (config.text_field, config.separator, config.filters.language_field)
+        try:
+            for raw in read_documents(file, piece.lo, piece.hi, *fields):
+                yield piece.file, raw
+        except DataError:
+            check_unchanged(file)  # a file that something writes to may look damaged
+            raise
+
+
+def check_sources(plan: Plan, index: int) -> None:
+    """DataError if a file of a shard is not what it was when the build was planned."""
+    for source in sorted({piece.file for piece in plan.shards[index]}):
+        check_unchanged(plan.files[source])
+
+
+def _dropped(plan: Plan, index: int) -> frozenset[int]:
+    """Numbers of the documents of a shard that equal an earlier one of the source."""
+    if not plan.duplicates:
+        return frozenset()
+    path = Path(plan.duplicates) / shard_name(index, len(plan.shards))
+    return frozenset(np.frombuffer(path.read_bytes(), "<i8").tolist())
 
 
 def _sides(text: str, config: CorpusConfig) -> list[tuple[str, bool]]:
@@ -114,6 +157,7 @@ def tokenise_shard(
             progress(rows.add(batch))
             batch, size = [], 0
     progress(rows.add(batch))
+    check_sources(plan, index)
     arrays = rows.arrays(_order(rows.held_out, index, plan.config))
     cleaning = {name: count for name, count in sorted(counts.items()) if count}
     row = _row(arrays, rows, tokenizer.special.unk) | {"request": plan.request, "cleaning": cleaning}

@@ -7,7 +7,10 @@ import dataclasses
 import json
 from collections.abc import Iterator
 
+from bertgpt_jax.corpus.config import FIELD_SETTINGS
 from bertgpt_jax.corpus.files import SourceFile, open_bytes
+from bertgpt_jax.corpus.tables import read_table
+from bertgpt_jax.corpus.tfds import read_examples
 from bertgpt_jax.errors import DataError
 
 
@@ -17,27 +20,40 @@ class RawDocument:
 
     Attributes:
         text: bytes as read, or str where the format decodes (JSON, Python).
-        offset: byte position in the uncompressed file; for `stdlib` the number of the topic.
+        offset: byte position in the uncompressed file; for `stdlib` the number of the topic, for tables of the row.
         titled: whether the first line is the document's title (wiki).
+        language: what the field of the language holds; "" where none was asked for, or it is empty.
     """
 
     text: bytes | str
     offset: int
     titled: bool = False
+    language: str = ""
 
 
 WRAPPED_FORMATS = frozenset({"text", "file", "stdlib"})
 """Formats whose lines may be wrapped: there a paragraph ends at a blank line, elsewhere at every line."""
 
 
-def read_documents(file: SourceFile, lo: int, hi: int, text_field: str, separator: str) -> Iterator[RawDocument]:
-    """The documents that start in bytes `[lo, hi)` of the uncompressed file, a range made by `cut_file`.
+def read_documents(
+    file: SourceFile, lo: int, hi: int, text_field: str, separator: str, language_field: str = ""
+) -> Iterator[RawDocument]:
+    """The documents that start at positions `[lo, hi)` of the uncompressed file, a range made by `cut_source`.
+
+    A field that is null is empty text in a table, and an error in JSON.
 
     Raises:
         DataError: naming file and line, for JSON that is none, a missing field, Python that does not parse.
     """
+    fields = (text_field, language_field) if language_field else (text_field,)
     if file.format == "stdlib":
         yield from _stdlib_documents(file)
+        return
+    if file.format in ("parquet", "arrow"):
+        yield from map(_row_document, read_table(file.path, file.format, lo, hi, fields))
+        return
+    if file.format == "tfds":
+        yield from map(_row_document, read_examples(file.path, lo, hi, fields))
         return
     with open_bytes(file.path) as stream:
         if file.format == "file":
@@ -46,7 +62,7 @@ def read_documents(file: SourceFile, lo: int, hi: int, text_field: str, separato
         stream.seek(lo)
         lines = _lines(stream, lo, hi)
         if file.format == "jsonl":
-            yield from _jsonl_documents(file, lo, lines, text_field)
+            yield from _jsonl_documents(file, lines, fields)
         elif file.format == "wiki":
             yield from _wiki_documents(lines)
         else:
@@ -105,8 +121,13 @@ def _wiki_document(lines: list[bytes], start: int) -> RawDocument:
     return RawDocument(b"".join(lines).strip(), start, titled=True)
 
 
+def _row_document(row: tuple[int, list[bytes | None]]) -> RawDocument:
+    number, (text, *others) = row
+    return RawDocument(text or b"", number, language=(others[0] or b"").decode("utf-8", "replace") if others else "")
+
+
 def _jsonl_documents(
-    file: SourceFile, lo: int, lines: Iterator[tuple[int, bytes]], text_field: str
+    file: SourceFile, lines: Iterator[tuple[int, bytes]], fields: tuple[str, ...]
 ) -> Iterator[RawDocument]:
     for offset, line in lines:
         if not line.strip():
@@ -117,13 +138,15 @@ def _jsonl_documents(
             raise DataError(f"{_place(file, offset)}: not JSON ({error}): {line[:60]!r}") from None
         if not isinstance(row, dict):
             raise DataError(f"{_place(file, offset)}: {type(row).__name__}, not an object: {line[:60]!r}")
-        if text_field not in row:
-            advice = f"fields: {sorted(row)}; set corpus.text_field"
-            raise DataError(f"{_place(file, offset)}: no field '{text_field}'; {advice}")
-        if not isinstance(row[text_field], str):
-            kind = type(row[text_field]).__name__
-            raise DataError(f"{_place(file, offset)}: field '{text_field}' is {kind}, not a string")
-        yield RawDocument(row[text_field], offset)
+        for name, setting in zip(fields, FIELD_SETTINGS, strict=False):
+            if name not in row:
+                advice = f"fields: {sorted(row)}; set {setting}"
+                raise DataError(f"{_place(file, offset)}: no field '{name}'; {advice}")
+            if not isinstance(row[name], str) and not (row[name] is None and name != fields[0]):
+                kind = type(row[name]).__name__
+                raise DataError(f"{_place(file, offset)}: field '{name}' is {kind}, not a string")
+        text, *others = (row[name] for name in fields)
+        yield RawDocument(text, offset, language=(others[0] or "") if others else "")
 
 
 def _place(file: SourceFile, offset: int) -> str:

@@ -2,6 +2,7 @@
 
 Commands come as JSON lines on standard input, answers go as JSON lines to standard output:
 
+    {"hash": 3}                                        ->  {"done": 3}
     {"sample": 3, "bytes": 100000, "documents": 1000}  ->  {"texts": [...]}
     {"tokenise": 3}                                    ->  {"progress": 512000} ... {"done": 3}
 
@@ -18,6 +19,7 @@ import sys
 import traceback
 from pathlib import Path
 
+from bertgpt_jax.corpus.duplicates import hash_shard
 from bertgpt_jax.corpus.kinds import load_tokenizer
 from bertgpt_jax.corpus.memory import peak_resident_bytes
 from bertgpt_jax.corpus.plan import Plan, plan_from_json
@@ -37,6 +39,9 @@ def main() -> int:
             if "tokenise" in command:
                 tokenizer = tokenizer or load_tokenizer(out / "tokenizer")
                 _tokenise(plan, command["tokenise"], tokenizer, out, parent)
+            elif "hash" in command:
+                hash_shard(plan, command["hash"], out)
+                _answer({"done": command["hash"]})
             else:
                 _answer({"texts": sample_shard(plan, command["sample"], command["bytes"], command["documents"])})
         except UserError as error:

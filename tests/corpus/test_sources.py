@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from bertgpt_jax.corpus.cleaning import clean
 from bertgpt_jax.corpus.config import CleaningConfig, CorpusConfig
-from bertgpt_jax.corpus.files import SourceFile, cut_file, find_files
+from bertgpt_jax.corpus.cuts import cut_file
+from bertgpt_jax.corpus.files import SourceFile, find_files
 from bertgpt_jax.corpus.sources import RawDocument, read_documents
 
 

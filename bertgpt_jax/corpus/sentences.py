@@ -11,14 +11,17 @@ _HARD = "。！？｡।॥؟۔።፧։။។៕༎"
 _SOFT = ".!?…．"
 _CLOSERS = "\"'”’»›)\\]}」』）】》〉"
 _OPENERS = "\"'“‘«‹([{「『（【《〈¿¡-–—*_"
-_PARAGRAPH = {True: r"\n[ \t]*(?=\n)", False: r"\n"}
-_ENDS = {  # possessive, and never tried inside a run of marks: linear in the worst text
+_PARAGRAPH = {True: r"[ \t]*(?=\n)()", False: "()"}
+_ENDS = {  # a first character from one set lets `re` skip the rest; possessive, so linear in the worst text
     wrapped: re.compile(
-        rf"([{_HARD}][{_HARD}{_SOFT}]*+[{_CLOSERS}]*+)|((?<![{_SOFT}])[{_SOFT}]++[{_CLOSERS}]*+)(?=\s)|({paragraph})"
+        rf"[{_HARD}{_SOFT}\n](?:"
+        rf"(?<=[{_HARD}])[{_HARD}{_SOFT}]*+[{_CLOSERS}]*+()"
+        rf"|(?<=[{_SOFT}])(?<![{_SOFT}]{{2}})[{_SOFT}]*+[{_CLOSERS}]*+(?=\s++[{re.escape(_OPENERS)}]*+(\w*+))"
+        rf"|(?<=\n){paragraph})"
     )
     for wrapped, paragraph in _PARAGRAPH.items()
 }
-_NEXT = re.compile(rf"\s*([{re.escape(_OPENERS)}]*)(\w*)")
+"""Sentence ends: group 1 after a hard mark, 2 (the next word) after soft ones, 3 at the end of a paragraph."""
 _BEFORE = re.compile(r"[\s(\[{\"'“‘—–-]")
 
 _ABBREVIATIONS = frozenset(
@@ -26,6 +29,8 @@ _ABBREVIATIONS = frozenset(
     "ed eds al vs cf ca approx dept univ inc ltd co corp bros est jan feb mar apr jun jul aug sep sept oct nov dec mon "
     "tue wed thu fri sat sun e.g i.e viz art sec ch chap op cit ibid resp".split()
 )
+_PLAIN = max(map(len, _ABBREVIATIONS)) + 1
+"""So many letters are no abbreviation."""
 _STARTERS = frozenset(
     "The He She It They We I You In On At A An But And This That These There When After As His".split()
 )
@@ -42,18 +47,14 @@ def split_sentences(text: str, mode: str, wrapped: bool) -> list[str]:
         return [text] if text else []
     starts = [0, *(_line_starts(text) if mode == "line" else _sentence_starts(text, wrapped)), len(text)]
     sentences: list[str] = []
-    blank = ""
+    begin = 0
     for lo, hi in zip(starts, starts[1:], strict=False):
-        piece = blank + text[lo:hi]
-        blank = ""
-        if not piece or piece.isspace():
-            blank = piece
-        else:
-            sentences.append(piece)
-    if blank and sentences:
-        sentences[-1] += blank
-    elif blank:
-        sentences = [blank]
+        piece = text[lo:hi]
+        if piece and not piece.isspace():
+            sentences.append(text[begin:hi])
+            begin = hi
+    if begin < len(text):
+        sentences = [*sentences[:-1], "".join(sentences[-1:]) + text[begin:]]
     return sentences
 
 
@@ -78,18 +79,21 @@ def _sentence_starts(text: str, wrapped: bool) -> list[int]:
 
 def _soft_end(text: str, begin: int, match: re.Match[str]) -> bool:
     """Whether `.`, `!`, `?` or `…` before white space ends the sentence that begins at `begin`."""
-    following = _NEXT.match(text, match.end())
-    assert following is not None
-    word = following[2]
+    word = match[2]
     if word[:1].islower():
         return False
-    if match[2][0] not in ".．" or match[2][1:2] in (".", "!", "?"):
+    marks = match[0]
+    if marks[0] not in ".．" or marks[1:2] in (".", "!", "?"):
         return True
-    last = _BEFORE.split(text[max(begin, match.start() - 24) : match.start()])[-1]
+    end = match.start()
+    before = text[max(begin, end - 24) : end]
+    if before[-_PLAIN:].isalpha() and len(before) >= _PLAIN and "." not in before:
+        return True
+    last = _BEFORE.split(before)[-1]
     if last.lower() in _ABBREVIATIONS and last != "I":
         return False
     if len(last) == 1 and last.isupper() and last != "I":
         return False  # an initial
     if "." in last:
         return word in _STARTERS  # U.S., a.m., Ph.D.
-    return not (last.isdigit() and text[begin : match.start()].strip() == last)  # "1." of a list
+    return not (last.isdigit() and text[begin:end].strip() == last)  # "1." of a list

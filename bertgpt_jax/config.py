@@ -117,8 +117,8 @@ def explain(error: ValidationError, tree: Any = None) -> str:
 def _explain_one(problem: Any, tree: Any) -> str:
     path, node = [], tree
     for part in problem["loc"]:
-        if isinstance(node, dict) and part not in node and part in (node.get("kind"), None):
-            continue  # pydantic inserts the tag of a discriminated union into the location
+        if isinstance(node, dict) and part not in node and part in (node.get("kind", "single"), None):
+            continue  # pydantic inserts the tag of a discriminated union into the location (a corpus may leave it out)
         path.append(str(part))
         known = isinstance(node, dict) and part in node
         indexed = isinstance(node, list | tuple) and isinstance(part, int) and part < len(node)

@@ -100,7 +100,9 @@ def tiny(name: str) -> RunConfig:
     overrides += ["model.max_positions=32", "execution.compute.unroll_layers=false"]
     for i in range(len(config.stages)):
         overrides += [f"stages.{i}.{key}" for key in ("batch_size=8", "sequence_length=32", "microbatches=1")]
-    return with_steps(with_vocabulary(load_config(name, RunConfig, overrides), 64), [64] * len(config.stages))
+    return with_steps(
+        with_vocabulary(load_config(name, RunConfig, overrides), 64), [lambda length: 64] * len(config.stages)
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -62,6 +62,12 @@ def check_split(corpus: Corpus, split: str) -> None:
         raise DataError(f"the {split} split has 0 of the corpus's {int(corpus.documents.sum())} documents; {advice}")
 
 
+def check_apart(kind: str, what: str) -> None:
+    """ConfigError for examples whose rows continue those of the batch before, where batches are put together anew."""
+    if kind == "contiguous_streams":
+        raise ConfigError(f"examples '{kind}' go on from batch to batch, which {what} would break; drop one of the two")
+
+
 def check_ids(arrays: dict[str, np.ndarray], vocab_size: int) -> None:
     """DataError if a batch holds an id that the model's embedding has no row for."""
     for name in ("tokens", "targets", "mask_labels"):

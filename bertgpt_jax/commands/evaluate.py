@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--which", default="latest", help="latest, best or a step (default: latest)")
     parser.add_argument("--stage", help="whose sequence length and batch to use (default: the checkpoint's)")
     parser.add_argument("--batches", type=int, help="at most this many (default: the whole held-out split)")
-    parser.add_argument("--corpus", help="the prepared corpus, if it has moved since training")
+    parser.add_argument("--corpus", help="the prepared corpus, if it has moved (of a mixture: name=DIR,...)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_platform(parser)
     return run_command(_evaluate, parser, argv)

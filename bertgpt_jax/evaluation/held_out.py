@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import numpy as np
@@ -17,37 +17,49 @@ EvalStep = Callable[[Params, dict[str, jax.Array]], tuple[dict, dict, dict]]
 """(params, placed batch) -> (part sums, metric sums, part weights); `training.step.eval_step`, jitted."""
 
 
-def evaluate(
+@dataclasses.dataclass(frozen=True)
+class Sums:
+    """Part sums, metric sums and part weights of some rows; those of more rows are added with +."""
+
+    parts: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def __add__(self, other: Sums) -> Sums:
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Sums(*({k: a.get(k, 0.0) + b.get(k, 0.0) for k in a | b} for a, b in pairs))
+
+
+def add_up(
     step: EvalStep,
     params: Params,
     batches: int,
     batch: Callable[[int], dict[str, jax.Array]],
-    objective: Objective,
     should_stop: Callable[[], bool] = lambda: False,
-) -> dict[str, float] | None:
-    """Metrics over batches 0..batches-1, added up in double precision; each row counts once, padding rows not at all.
+) -> Sums | None:
+    """Sums over batches 0..batches-1, in double precision; each row counts once, padding rows not at all.
 
     Args:
         should_stop: polled between batches; when it turns true the result is None.
-
-    Returns:
-        `loss` (the total of the coefficients' parts), `<part>_loss` where there are several, the objective's metrics.
     """
-    sums: Mapping[str, float] = defaultdict(float)
-    metrics: Mapping[str, float] = defaultdict(float)
-    weights: Mapping[str, float] = defaultdict(float)
+    total = Sums()
     for i in range(batches):
         if should_stop():
             return None
-        for total, part in zip((sums, metrics, weights), jax.device_get(step(params, batch(i))), strict=True):
-            for name, value in part.items():
-                total[name] += float(value)
-    mean = {name: sums[name] / max(weights[name], 1.0) for name in sums}
+        found = jax.device_get(step(params, batch(i)))
+        total += Sums(*({name: float(value) for name, value in part.items()} for part in found))
+    return total
+
+
+def means(sums: Sums, objective: Objective) -> dict[str, float]:
+    """`loss` (the total of the coefficients' parts), `<part>_loss` where there are several, the objective's metrics."""
+    weights = sums.weights
+    mean = {name: value / max(weights[name], 1.0) for name, value in sums.parts.items()}
     result = {"loss": sum(c * mean[name] for name, c in objective.coefficients().items())}
     if len(mean) > 1:
         result |= {f"{name}_loss": value for name, value in mean.items()}
     parts = objective.metric_parts()
-    return result | {name: value / max(weights[parts[name]], 1.0) for name, value in metrics.items()}
+    return result | {name: value / max(weights[parts[name]], 1.0) for name, value in sums.metrics.items()}
 
 
 def perplexity(loss: float) -> float:
@@ -55,23 +67,25 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def bits_per_byte(loss: float, data: Dataset) -> float:
-    """A causal model's loss (nats a token) as bits per UTF-8 byte of the split's text.
+def bits_per_byte(losses: Iterable[tuple[float, Dataset]]) -> float:
+    """A causal model's losses (nats a token) on one or several held-out splits as bits per UTF-8 byte of their text.
 
-    Every token of the split counts at the mean loss, end-of-document tokens included, so tokenizers compare fairly.
+    Every token of a split counts at its mean loss, end-of-document tokens included, so tokenizers compare fairly.
     """
-    corpus = data.corpus
-    tokens = sum(stop - start for _, start, stop in corpus.split_tokens(data.split))
-    return loss * tokens / (math.log(2) * max(corpus.split_bytes(data.split), 1))
+    nats = size = 0.0
+    for loss, data in losses:
+        nats += loss * sum(stop - start for _, start, stop in data.corpus.split_tokens(data.split))
+        size += data.corpus.split_bytes(data.split)
+    return nats / (math.log(2) * max(size, 1))
 
 
-def unigram_masked_loss(train: Dataset, held_out: Dataset, sample_tokens: int = 50_000_000) -> float:
-    """Mean negative log-probability of the frozen masked targets under the train split's unigram distribution.
+def unigram_masked_loss(held_out: Dataset, sample_tokens: int = 50_000_000) -> float:
+    """Mean negative log-probability of the frozen masked targets under the corpus's unigram distribution.
 
     What a model that ignores the context can reach: the line a masked-LM loss must be far below. Counts are of train
     tokens (at most `sample_tokens`), with one added to every id.
     """
-    corpus = train.corpus
+    corpus = held_out.corpus
     counts = np.ones(corpus.vocab_size, np.float64)
     left = sample_tokens
     for _, start, stop in corpus.split_tokens("train"):

@@ -7,8 +7,9 @@ from typing import Any
 
 import jax
 
+from bertgpt_jax.batches.mixture import parts_of
 from bertgpt_jax.config import build
-from bertgpt_jax.corpus.reader import CorpusReader
+from bertgpt_jax.corpus.mixture import CorpusMixture, open_prepared
 from bertgpt_jax.errors import ConfigError, DataError
 from bertgpt_jax.evaluation.held_out import unigram_masked_loss
 from bertgpt_jax.parallel.mesh import MeshConfig, make_mesh
@@ -31,8 +32,8 @@ def evaluate_workdir(
     Args:
         which: `latest`, `best` or a step.
         stage_name: whose sequence length and batch to use; None: the checkpoint's.
-        batches: at most this many; None: all.
-        corpus_path: where the prepared corpus is now; None: where training found it.
+        batches: at most this many, of each corpus of a mixture; None: all.
+        corpus_path: where the prepared corpus is now (a mixture's: `name=path,...`); None: where training found it.
 
     Returns:
         `step`, `stage`, `rows`, `metrics`, `evaluation_fingerprint`.
@@ -52,25 +53,31 @@ def evaluate_workdir(
     fitting = stage.model_dump(mode="json") | {
         "batch_size": -(-stage.batch_size // devices) * devices,
         "microbatches": 1,
+        "batch_ramp": (),
+        "length_ramp": (),
     }
     config = with_changes(config, {"execution": execution, "stages": [fitting]})
     stage = config.stages[0]
 
     recorded = storage.read_json(workdir / "corpus.json") or {}
-    corpus = CorpusReader(corpus_path or recorded.get("path", ""))
+    corpus = open_prepared(_moved(recorded.get("path", ""), corpus_path))
     if corpus.fingerprint != meta["data_fingerprint"]:
         raise DataError(
-            f"the corpus in '{corpus.path}' has fingerprint {corpus.fingerprint[:12]}, the run's has "
-            f"{meta['data_fingerprint'][:12]}; pass the run's with --corpus"
+            f"the corpus in {corpus_path or recorded.get('path', '')!r} has fingerprint {corpus.fingerprint[:12]}, "
+            f"the run's has {meta['data_fingerprint'][:12]}; pass the run's with --corpus"
         )
     program = setup.make_program(config, make_mesh(config.execution.mesh))
     state, _ = restore(workdir, {"params": program.abstract_state["params"]}, meta["step"], partial=True)
-    train, held_out = setup.make_datasets(config, corpus, Path(corpus.path) / "rows")[0]
+    first = corpus.first if isinstance(corpus, CorpusMixture) else corpus
+    _, held_out = setup.make_datasets(config, corpus, Path(first.path) / "rows")[0]
     step = setup.lower_eval_step(program, stage).compile()
     metrics = evaluate_stage(program, held_out, step, state["params"], batches)
+    parts = parts_of(held_out)
     if config.objective.masking is not None:
-        metrics["unigram_mlm_loss"] = unigram_masked_loss(train, held_out)
-    rows = held_out.eval_rows() if batches is None else min(held_out.eval_rows(), batches * stage.batch_size)
+        for name, part in parts.items():
+            metrics[f"{name}/unigram_mlm_loss" if name else "unigram_mlm_loss"] = unigram_masked_loss(part)
+    limit = None if batches is None else batches * stage.batch_size
+    rows = sum(part.eval_rows() if limit is None else min(part.eval_rows(), limit) for part in parts.values())
     return {
         "step": meta["step"],
         "stage": stage.name,
@@ -91,6 +98,17 @@ def _step(which: str, status: dict[str, Any]) -> int | None:
     if not which.isdigit():
         raise ConfigError(f"--which '{which}' is neither latest, best nor a step")
     return int(which)
+
+
+def _moved(recorded: str | dict[str, str], given: str | None) -> str | dict[str, str]:
+    """Where the corpus is: as recorded unless it is given, for a mixture as `name=path,name=path`."""
+    if given is None or isinstance(recorded, str):
+        return given or recorded
+    moved = dict(item.partition("=")[::2] for item in given.split(","))
+    unknown = [name for name in moved if name not in recorded]
+    if unknown:
+        raise ConfigError(f"--corpus: '{unknown[0]}' is none of the mixture's corpora: {', '.join(recorded)}")
+    return recorded | moved
 
 
 def _find_stage(config: RunConfig, name: str):

@@ -120,9 +120,14 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh, batch_size: int) -> di
     }
 
 
+def batch_shards(mesh: Mesh) -> int:
+    """Number of parts that the rows of a batch are split into."""
+    return axis_size(mesh, ROWS[0])
+
+
 def check_batch(batch_size: int, microbatches: int, mesh: Mesh, name: str) -> None:
     """Raises ConfigError where rows do not divide over the mesh and the microbatches."""
-    shards = axis_size(mesh, ROWS[0])
+    shards = batch_shards(mesh)
     if batch_size % (shards * microbatches):
         step = shards * microbatches
         lower, upper = batch_size // step * step, -(-batch_size // step) * step

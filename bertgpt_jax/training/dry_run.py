@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import jax
 
 from bertgpt_jax.parallel.mesh import make_mesh
@@ -62,14 +60,15 @@ def _stage(program: Program, stage) -> list[str]:
     scored = program.config.objective.scored_share(length)
     model = program.config.model
     halved, full = (model.flops_per_token(length, scored, halved=h) for h in (True, False))
-    tokens = stage.batch_size * length
-    steps = stage.steps or (stage.tokens and math.ceil(stage.tokens / tokens))
-    lasts = (
-        f"{steps:,} steps, {steps * tokens:,} tokens, {halved * steps * tokens:.3g} FLOPs"
-        if steps
-        else f"{stage.epochs} epochs"
-    )
+    tokens, ramp = stage.batch_size * length, stage.ramp()
+    steps = stage.steps or (stage.tokens and ramp.batches_for(stage.tokens, lambda length: length))
+    total = ramp.tokens_before(steps) if steps else 0
+    lasts = f"{steps:,} steps, {total:,} tokens, {halved * total:.3g} FLOPs" if steps else f"{stage.epochs} epochs"
     return [
         f"stage        {stage.name}: {lasts}; batch {stage.batch_size} x {length} = {short_number(tokens)} tokens",
         f"             {halved / 1e9:.4g} GFLOP a token (attention in full: {full / 1e9:.4g})",
+        *[
+            f"             from step {s.first:,}: batch {s.batch_size} x {s.sequence_length}, after {s.tokens:,} tokens"
+            for s in (ramp.segments if len(ramp.segments) > 1 else ())
+        ],
     ]

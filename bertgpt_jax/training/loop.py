@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from bertgpt_jax.batches.dataset import Dataset
+from bertgpt_jax.batches.mixture import Mixture, parts_of
 from bertgpt_jax.batches.pipeline import prefetch
 from bertgpt_jax.errors import Diverged
 from bertgpt_jax.evaluation import held_out
@@ -30,7 +31,7 @@ class Loop:
 
     Args:
         program, stages: what to train.
-        steps: for each stage its compiled (train step, evaluation step).
+        steps: for each stage its compiled (train steps by segment of its ramp, evaluation step).
         meta: what every checkpoint carries besides step, stage and metrics.
         owed: metrics of the restored step, where the run was stopped before its evaluation could be logged with them.
     """
@@ -39,7 +40,7 @@ class Loop:
         self,
         program: Program,
         stages: list[Stage],
-        steps: list[tuple[Callable, Callable]],
+        steps: list[tuple[dict[int, Callable], Callable]],
         state: PyTree,
         step: int,
         checkpoints: Checkpoints,
@@ -63,7 +64,7 @@ class Loop:
             if (self.step < stage.stop or owes) and not self.stopped:
                 self._run_stage(stage, *compiled)
 
-    def _run_stage(self, stage: Stage, train_step: Callable, eval_step: Callable) -> None:
+    def _run_stage(self, stage: Stage, train_steps: dict[int, Callable], eval_step: Callable) -> None:
         if self.step == stage.start > 0:
             self.state = enter_stage(self.program, stage.config, self.state)
         batches = self._batches(stage)
@@ -89,14 +90,14 @@ class Loop:
             with self._clock.waiting_for_data():
                 batch = next(batches)
             # ------------------------------------------------ step
-            before = self._pending
-            self.state, self._pending = train_step(self.state, batch)
+            before, segment = self._pending, stage.segment(self.step)
+            self.state, self._pending = train_steps[stage.train.ramp.index(self.step - stage.start)](self.state, batch)
             # ------------------------------------------------ log step n-1 while n runs
             if before is not None and self.step % self._execution.log_every == 0:
                 self._log(stage, before)
             self.step += 1
             self._writer.tick(self.step)
-            self._clock.tokens += stage.train.tokens_per_batch
+            self._clock.tokens += segment.batch_size * segment.sequence_length
 
     # ---------------------------------------------------------------- the five things a step may do
 
@@ -104,11 +105,12 @@ class Loop:
         return self.step == stage.stop or (every is not None and self.step % every == 0)
 
     def _batches(self, stage: Stage) -> Any:
-        data, mesh, rows = stage.train, self.program.mesh, stage.config.batch_size
-        mine = local_rows(mesh, rows)
+        data, mesh = stage.train, self.program.mesh
+        mine = {size: local_rows(mesh, size) for size in {segment.batch_size for segment in data.ramp.segments}}
 
         def build(n: int) -> dict[str, jax.Array]:
-            return place_batch(data.batch(n, mine), mesh, rows)
+            rows = data.ramp.segment(n).batch_size
+            return place_batch(data.batch(n, mine[rows]), mesh, rows)
 
         first, last = self.step - stage.start, stage.stop - stage.start
         return prefetch(build, first, last, self._execution.data_threads, self._execution.prefetch)
@@ -124,14 +126,16 @@ class Loop:
             whether the row was written.
         """
         values = step_values(jax.device_get(metrics))
-        timing = self._clock.interval(self.step, flops_per_token(self.program, stage))
+        timing = self._clock.interval(
+            self.step, flops_per_token(self.program, stage.segment(self.step - 1).sequence_length)
+        )
         if values["optim/skipped"] >= self._execution.max_skipped:
             raise Diverged(
                 f"{int(values['optim/skipped'])} updates in a row up to step {self.step} had a loss or gradient that "
                 f"is not finite (train/loss {values['train/loss']}); lower schedule.peak, lengthen warmup_steps, or "
                 "look at the batches; the last checkpoint is from before"
             )
-        values["train/tokens_seen"] = self._tokens_seen()
+        values |= self._seen()
         if self.step % self._execution.log_every == 0:
             self._writer.print(self.step, console_fields(values, timing))
         if evaluation is not None:
@@ -184,38 +188,58 @@ class Loop:
         self._save(stage, owed)
         self.stopped = True
 
-    def _tokens_seen(self) -> int:
-        """Input positions of all batches up to `self.step`, padding included."""
-        return sum(
-            s.train.tokens_per_batch * (min(self.step, s.stop) - s.start) for s in self.stages if s.start < self.step
-        )
+    def _seen(self) -> dict[str, float]:
+        """Input positions of all batches up to `self.step`, padding included; of a mixture, what is of each corpus."""
+        seen: dict[str, float] = {"train/tokens_seen": 0}
+        for stage in self.stages:
+            if stage.start >= self.step:
+                break
+            drawn = min(self.step, stage.stop) - stage.start
+            seen["train/tokens_seen"] += stage.train.ramp.tokens_before(drawn)
+            for name, counts in stage.train.seen_before(drawn).items():
+                for what, count in counts.items():
+                    key = f"data/{name}/{what}"
+                    seen[key] = seen.get(key, 0) + count
+        return seen
 
 
 def evaluate_stage(
     program: Program,
-    data: Dataset,
+    data: Dataset | Mixture,
     eval_step: Callable,
     params: PyTree,
     limit: int | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
-    """Held-out metrics of a stage (`held_out.evaluate`), with perplexity and bits per byte for causal models."""
-    rows = local_rows(program.mesh, data.batch_size)
+    """Held-out metrics of a stage (`held_out.means`), with perplexity and bits per byte for causal models.
 
-    def batch(i: int) -> dict[str, jax.Array]:
-        return place_batch(data.eval_batch(i, rows), program.mesh, data.batch_size)
+    Of a mixture all rows together, then as `<name>/<metric>` those of each corpus; `limit` batches of each at most.
+    """
+    objective, rows = program.config.objective, local_rows(program.mesh, data.batch_size)
+    parts = parts_of(data)
+    sums: dict[str, held_out.Sums] = {}
+    for name, part in parts.items():
 
-    count = data.eval_batches() if limit is None else min(limit, data.eval_batches())
-    result = held_out.evaluate(eval_step, params, count, batch, program.config.objective, should_stop)
-    if result is not None and program.config.objective.kind == "causal_lm":
+        def batch(i: int, part: Dataset = part) -> dict[str, jax.Array]:
+            return place_batch(part.eval_batch(i, rows), program.mesh, part.batch_size)
+
+        count = part.eval_batches() if limit is None else min(limit, part.eval_batches())
+        found = held_out.add_up(eval_step, params, count, batch, should_stop)
+        if found is None:
+            return None
+        sums[name] = found
+    result = held_out.means(sum(sums.values(), held_out.Sums()), objective)
+    each = {name: held_out.means(found, objective) for name, found in sums.items()}
+    if objective.kind == "causal_lm":
         result["perplexity"] = held_out.perplexity(result["loss"])
-        result["bits_per_byte"] = held_out.bits_per_byte(result["loss"], data)
+        result["bits_per_byte"] = held_out.bits_per_byte((each[name]["loss"], part) for name, part in parts.items())
+    if isinstance(data, Mixture):
+        result |= {f"{name}/{key}": value for name, found in each.items() for key, value in found.items()}
     return result
 
 
-def flops_per_token(program: Program, stage: Stage) -> tuple[float, float]:
-    """Training FLOPs a token with causal attention counted by half and in full."""
-    length = stage.config.sequence_length
+def flops_per_token(program: Program, length: int) -> tuple[float, float]:
+    """Training FLOPs a token of rows of `length` with causal attention counted by half and in full."""
     scored = program.config.objective.scored_share(length)
     model = program.config.model
     return model.flops_per_token(length, scored, halved=True), model.flops_per_token(length, scored, halved=False)

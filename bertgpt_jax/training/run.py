@@ -10,20 +10,22 @@ import jax
 from etils import epath
 
 import bertgpt_jax
+from bertgpt_jax.corpus.mixture import CorpusMixture
 from bertgpt_jax.corpus.reader import CorpusReader
 from bertgpt_jax.errors import Diverged, Preempted, UserError
 from bertgpt_jax.parallel import distributed
 from bertgpt_jax.parallel.mesh import make_mesh
-from bertgpt_jax.parallel.sharding import bytes_per_device, check_batch
+from bertgpt_jax.parallel.sharding import bytes_per_device
 from bertgpt_jax.shapes import PyTree
 from bertgpt_jax.training import processes, resume, setup, status, storage
 from bertgpt_jax.training.checkpoint import Checkpoints, read_meta
+from bertgpt_jax.training.data import check_enough
 from bertgpt_jax.training.fingerprint import state_fingerprint
 from bertgpt_jax.training.guards import PreemptionGuard
 from bertgpt_jax.training.loop import Loop
 from bertgpt_jax.training.metrics import MetricWriter, duration
 from bertgpt_jax.training.rows import read_rows
-from bertgpt_jax.training.run_config import RunConfig, with_steps, with_vocabulary
+from bertgpt_jax.training.run_config import RunConfig, StageConfig, with_steps, with_vocabulary
 from bertgpt_jax.training.workdir import cache_root, open_run_corpus, use_compilation_cache, write_description
 
 
@@ -67,8 +69,7 @@ def train(
     distributed.agree(_shared_facts(config) | {"workdir": workdir_text})
     workdir = storage.workdir_path(workdir_text)
     mesh = make_mesh(config.execution.mesh)
-    for stage in config.stages:
-        check_batch(stage.batch_size, stage.microbatches, mesh, f"stages.{stage.name}")
+    setup.check_batches(config, mesh)
     processes.on_primary(storage.check_writable, workdir)
     if from_step is not None:
         processes.on_primary(read_meta, workdir, from_step)
@@ -78,8 +79,9 @@ def train(
     corpus = open_run_corpus(config, workdir)
     config = with_vocabulary(config, corpus.vocab_size)
     datasets = setup.make_datasets(config, corpus, cache_root(workdir), debug)
-    config = with_steps(config, [train.rows_per_epoch() for train, _ in datasets])
+    config = with_steps(config, [train.rows_per_epoch for train, _ in datasets])
     stages = setup.make_stages(config, datasets)
+    check_enough(config.corpus, [stage.train for stage in stages], [stage.config.steps for stage in stages])
     identity = resume.run_identity(config, corpus.fingerprint, corpus.tokenizer.sha256)
     distributed.agree(identity)
     changed = processes.on_primary(resume.check_identity, workdir, identity, allow_change)
@@ -108,7 +110,7 @@ class _Session:
         self,
         program: setup.Program,
         stages: list[setup.Stage],
-        corpus: CorpusReader,
+        corpus: CorpusReader | CorpusMixture,
         workdir: epath.Path,
         identity: dict[str, Any],
         guard: PreemptionGuard,
@@ -191,13 +193,15 @@ class _Session:
             f"{devices}, mesh {mesh}, {execution.compute.dtype}, state {held:.0f} MiB a device"
         )
         for stage in self.stages:
-            steps = stage.stop - stage.start
-            epochs = stage.train.epoch_of(steps)
+            steps, segments = stage.stop - stage.start, stage.train.ramp.segments
+            shapes = [f"{segment.batch_size} x {segment.sequence_length}" for segment in segments]
             self.say(
-                f"stage {stage.config.name}: {steps:,} steps = {steps * stage.train.tokens_per_batch:,} tokens = "
-                f"{epochs:.2f} epochs; batch {stage.config.batch_size} x {stage.config.sequence_length}"
+                f"stage {stage.config.name}: {steps:,} steps = {stage.train.ramp.tokens_before(steps):,} tokens = "
+                f"{stage.train.epochs_before(steps):.2f} epochs; batch {' -> '.join(shapes)}"
                 + (f" in {stage.config.microbatches} parts" if stage.config.microbatches > 1 else "")
             )
+            for name, seen in stage.train.seen_before(steps).items():
+                self.say(f"  corpus {name}: {seen['tokens']:,} tokens = {seen['epochs']:.2f} epochs")
         unused = program.config.model.vocab_size - self.corpus.vocab_size
         if unused:
             self.say(
@@ -215,15 +219,29 @@ class _Session:
             self.say(f"fresh start in {self.workdir}")
 
     def _compile(self, step: int) -> list[tuple[Any, Any]]:
-        """Compiles the steps of every stage that is left, so that a later shape cannot fail after days."""
+        """Compiles the steps of every stage that is left, so that a later shape cannot fail after days.
+
+        Returns:
+            for each stage: segment of its ramp -> train step, and the evaluation step; (None, None) if it is over.
+        """
         compiled: list[tuple[Any, Any]] = []
         for stage in self.stages:
             if step >= stage.stop:
                 compiled.append((None, None))
                 continue
             begun = time.perf_counter()
-            train_step = setup.lower_train_step(self.program, stage.config).compile()
-            compiled.append((train_step, setup.lower_eval_step(self.program, stage.config).compile()))
+            steps: dict[int, Any] = {}
+            shapes: dict[StageConfig, Any] = {}
+            first = stage.train.ramp.index(max(step - stage.start, 0))
+            last = stage.train.ramp.index(stage.stop - stage.start - 1)
+            for i in range(first, last + 1):
+                shape = setup.shape_config(self.program, stage.config, stage.train.ramp.segments[i])
+                if shape not in shapes:
+                    shapes[shape] = setup.lower_train_step(self.program, shape).compile()
+                    if last > first:
+                        self.say(f"compiled batch {shape.batch_size} x {shape.sequence_length}")
+                steps[i] = shapes[shape]
+            compiled.append((steps, setup.lower_eval_step(self.program, stage.config).compile()))
             self.say(f"compiled stage {stage.config.name} in {time.perf_counter() - begun:.1f} s")
         processes.meet("compiled")
         return compiled

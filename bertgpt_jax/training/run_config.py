@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
-from bertgpt_jax.config import EXECUTION, Config, build
+from bertgpt_jax.batches.ramp import Ramp
+from bertgpt_jax.config import ADDED, EXECUTION, Config, build
 from bertgpt_jax.corpus.config import CorpusConfig
+from bertgpt_jax.corpus.mixture import MixtureConfig
 from bertgpt_jax.errors import ConfigError
 from bertgpt_jax.models.bert import BertConfig
 from bertgpt_jax.models.gpt import GptConfig
@@ -22,6 +26,11 @@ from bertgpt_jax.training.schedules import Linear, Schedule
 
 Model = Annotated[BertConfig | GptConfig, Field(discriminator="kind")]
 Objective = Annotated[MaskedLMNSP | MaskedLM | CausalLM, Field(discriminator="kind")]
+Corpora = Annotated[
+    Annotated[CorpusConfig, Tag("single")] | Annotated[MixtureConfig, Tag("mixture")],
+    Discriminator(lambda v: v.get("kind", "single") if isinstance(v, dict) else getattr(v, "kind", "single")),
+]
+"""One corpus (its `kind` may be left out, as in configs from before there were mixtures), or several."""
 
 
 class StageConfig(Config):
@@ -29,6 +38,10 @@ class StageConfig(Config):
 
     Exactly one of `steps`, `tokens`, `epochs` gives its length. Parameters always carry over from the stage before;
     optimizer moments do unless `reset_optimizer`.
+
+    A ramp is a tuple of (first step, value), steps counted in the stage and beginning with 0, that ends with the
+    stage's own value: `batch_ramp=((0, 16), (1000, 32))` with `batch_size=32`. Schedule and rows go on across it; only
+    a new sequence length begins an epoch of its own, as its rows are cut anew. Evaluation is at the stage's own shape.
     """
 
     name: str = Field(default="pretrain", pattern=r"^[A-Za-z0-9_-]+$")
@@ -39,8 +52,10 @@ class StageConfig(Config):
     epochs: Annotated[float | None, EXECUTION] = Field(default=None, gt=0, description="passes over the training split")
     sequence_length: int = Field(ge=8)
     batch_size: int = Field(ge=1, description="rows of the global batch")
+    batch_ramp: Annotated[tuple[tuple[int, int], ...], ADDED] = Field(default=(), description="smaller batches first")
+    length_ramp: Annotated[tuple[tuple[int, int], ...], ADDED] = Field(default=(), description="shorter rows first")
     microbatches: Annotated[int, EXECUTION] = Field(
-        default=1, ge=1, description="the batch is computed in this many parts"
+        default=1, ge=1, description="the batch is computed in this many parts; smaller ones of a ramp in fewer"
     )
     optimizer: Optimizer = AdamW()
     schedule: Schedule = Linear()
@@ -57,6 +72,27 @@ class StageConfig(Config):
                 f"stage '{self.name}': warmup_steps {self.schedule.warmup_steps} must be below its {end} steps"
             )
         return self
+
+    @model_validator(mode="after")
+    def _ramps_end_here(self) -> StageConfig:
+        for name, least in (("batch_size", 1), ("sequence_length", 8)):
+            key = "batch_ramp" if name == "batch_size" else "length_ramp"
+            ramp = getattr(self, key)
+            steps, values = [step for step, _ in ramp], [value for _, value in ramp]
+            problem = ""
+            if ramp and (steps[0] != 0 or steps != sorted(set(steps))):
+                problem = f"its steps {steps} must begin with 0 and increase"
+            elif ramp and min(values) < least:
+                problem = f"{name} {min(values)} must be at least {least}"
+            elif ramp and values[-1] != getattr(self, name):
+                problem = f"it ends with {values[-1]}, and the stage's {name} is {getattr(self, name)}"
+            if problem:
+                raise ValueError(f"stage '{self.name}': {key}: {problem}")
+        return self
+
+    def ramp(self) -> Ramp:
+        """The shapes of the stage's batches, of which most stages have one."""
+        return Ramp(self.batch_ramp or ((0, self.batch_size),), self.length_ramp or ((0, self.sequence_length),))
 
 
 class ExecutionConfig(Config):
@@ -91,7 +127,7 @@ class RunConfig(Config):
     """A whole run. Identity is everything but the fields marked as execution; it is hashed into every checkpoint."""
 
     seed: int = Field(default=0, ge=0, lt=2**31)
-    corpus: CorpusConfig
+    corpus: Corpora
     model: Model
     objective: Objective
     stages: tuple[StageConfig, ...] = Field(min_length=1)
@@ -124,14 +160,14 @@ def _stage_problems(config: RunConfig) -> list[str]:
     if twice:
         problems.append(f"two stages are called '{twice[0]}'; names must differ")
     for before, stage in zip((None, *config.stages), config.stages, strict=False):
-        length = stage.sequence_length
-        if length > config.model.max_positions:
+        lengths = [segment.sequence_length for segment in stage.ramp().segments]
+        if max(lengths) > config.model.max_positions:
             problems.append(
-                f"stage '{stage.name}': sequence_length {length} exceeds "
+                f"stage '{stage.name}': sequence_length {max(lengths)} exceeds "
                 f"model.max_positions {config.model.max_positions}"
             )
-        if config.objective.kind == "masked_lm_nsp" and length < 16:
-            problems.append(f"stage '{stage.name}': sentence pairs need sequence_length >= 16, not {length}")
+        if config.objective.kind == "masked_lm_nsp" and min(lengths) < 16:
+            problems.append(f"stage '{stage.name}': sentence pairs need sequence_length >= 16, not {min(lengths)}")
         changed = before is not None and before.optimizer.kind != stage.optimizer.kind
         if changed and not stage.reset_optimizer:
             problems.append(
@@ -158,11 +194,11 @@ def with_vocabulary(config: RunConfig, vocab_size: int) -> RunConfig:
     return with_changes(config, {"model": config.model.model_dump(mode="json") | {"vocab_size": given or vocab_size}})
 
 
-def with_steps(config: RunConfig, rows_per_epoch: list[int]) -> RunConfig:
+def with_steps(config: RunConfig, rows_per_epoch: Sequence[Callable[[int], int]]) -> RunConfig:
     """A copy whose stages are measured in steps and whose schedules know their end.
 
     Args:
-        rows_per_epoch: training rows of each stage's first epoch.
+        rows_per_epoch: for each stage: sequence length to the training rows of its first epoch.
     """
     stages = []
     for stage, rows in zip(config.stages, rows_per_epoch, strict=True):
@@ -175,10 +211,16 @@ def with_steps(config: RunConfig, rows_per_epoch: list[int]) -> RunConfig:
     return with_changes(config, {"stages": stages})
 
 
-def stage_steps(stage: StageConfig, rows_per_epoch: int) -> int:
-    """Updates that the stage's length comes to, rounded up."""
+def stage_steps(stage: StageConfig, rows_per_epoch: Callable[[int], int]) -> int:
+    """Updates that the stage's length comes to, rounded up.
+
+    Args:
+        rows_per_epoch: sequence length to the training rows of its first epoch.
+    """
     if stage.steps is not None:
         return stage.steps
     if stage.tokens is not None:
-        return -(-stage.tokens // (stage.batch_size * stage.sequence_length))
-    return max(1, -(-int(stage.epochs * rows_per_epoch) // stage.batch_size))
+        return stage.ramp().batches_for(stage.tokens, lambda length: length)
+    if not stage.length_ramp:
+        return stage.ramp().batches_for(int(stage.epochs * rows_per_epoch(stage.sequence_length)), lambda length: 1)
+    return stage.ramp().batches_for(Fraction(stage.epochs), lambda length: Fraction(1, rows_per_epoch(length)))

@@ -13,11 +13,16 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bertgpt_jax.batches.dataset import Dataset
+from bertgpt_jax.batches.mixture import Mixture
+from bertgpt_jax.batches.ramp import Ramped, Segment
+from bertgpt_jax.config import build
+from bertgpt_jax.corpus.mixture import CorpusMixture
 from bertgpt_jax.corpus.view import Corpus
 from bertgpt_jax.models import make_model
 from bertgpt_jax.parallel import sharding
 from bertgpt_jax.shapes import PyTree
-from bertgpt_jax.training.run_config import RunConfig, StageConfig
+from bertgpt_jax.training.data import make_held_out, make_train
+from bertgpt_jax.training.run_config import RunConfig, StageConfig, stage_steps
 from bertgpt_jax.training.step import eval_step, init_state, train_step
 
 
@@ -28,14 +33,19 @@ class Stage:
     Attributes:
         config: measured in steps.
         start, stop: its steps are start..stop-1 of the run.
-        train, held_out: its batches.
+        train: its batches, numbered from 0.
+        held_out: what it is evaluated on.
     """
 
     config: StageConfig
     start: int
     stop: int
-    train: Dataset
-    held_out: Dataset
+    train: Ramped
+    held_out: Dataset | Mixture
+
+    def segment(self, step: int) -> Segment:
+        """What has the shape of the batch that step `step` of the run draws."""
+        return self.train.ramp.segment(step - self.start)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,28 +78,18 @@ class Program:
 
 
 def make_datasets(
-    config: RunConfig, corpus: Corpus, cache_dir: Path, debug: bool = False
-) -> list[tuple[Dataset, Dataset]]:
-    """(train, held-out) datasets of every stage; each with a seed of its own, lest it repeat the first."""
-
-    def make(index: int, split: str) -> Dataset:
-        stage = config.stages[index]
-        return Dataset(
-            corpus,
-            config.objective.examples,
-            config.objective.masking,
-            split=split,
-            sequence_length=stage.sequence_length,
-            batch_size=stage.batch_size,
-            seed=config.seed + (index << 32),
-            cache_dir=cache_dir,
-            debug=debug,
-        )
-
-    return [(make(i, "train"), make(i, "held_out")) for i in range(len(config.stages))]
+    config: RunConfig, corpus: Corpus | CorpusMixture, cache_dir: Path, debug: bool = False
+) -> list[tuple[Ramped, Dataset | Mixture]]:
+    """(train, held-out) batches of every stage."""
+    pairs, start = [], 0
+    for index, stage in enumerate(config.stages):
+        train = make_train(config, index, start, corpus, cache_dir, debug)
+        pairs.append((train, make_held_out(config, index, corpus, cache_dir, debug)))
+        start += stage_steps(stage, train.rows_per_epoch)
+    return pairs
 
 
-def make_stages(config: RunConfig, datasets: list[tuple[Dataset, Dataset]]) -> list[Stage]:
+def make_stages(config: RunConfig, datasets: list[tuple[Ramped, Dataset | Mixture]]) -> list[Stage]:
     """Lays the stages of a config (measured in steps) one after another."""
     stages, start = [], 0
     for stage, (train, held_out) in zip(config.stages, datasets, strict=True):
@@ -98,14 +98,38 @@ def make_stages(config: RunConfig, datasets: list[tuple[Dataset, Dataset]]) -> l
     return stages
 
 
+def check_batches(config: RunConfig, mesh: Mesh) -> None:
+    """ConfigError where the rows of any batch of any stage do not divide over the mesh and its microbatches."""
+    for stage in config.stages:
+        name = f"stages.{stage.name}"
+        sharding.check_batch(stage.batch_size, stage.microbatches, mesh, name)
+        for size in dict.fromkeys(size for _, size in stage.batch_ramp):
+            sharding.check_batch(size, 1, mesh, f"{name}.batch_ramp")
+
+
+def shape_config(program: Program, stage: StageConfig, segment: Segment) -> StageConfig:
+    """The config of a stage with the batch shape of one segment of its ramp.
+
+    Microbatches are as few as divide the rows of every device and have no more positions than the stage's own.
+    """
+    size, length = segment.batch_size, segment.sequence_length
+    shards = sharding.batch_shards(program.mesh)
+    most = stage.batch_size * stage.sequence_length // stage.microbatches
+    parts = (k for k in range(1, size // shards + 1) if size % (shards * k) == 0)
+    fitting = next((k for k in parts if size // k * length <= most), size // shards)
+    if (size, length) == (stage.batch_size, stage.sequence_length):
+        fitting = stage.microbatches
+    shape = {"batch_size": size, "sequence_length": length, "microbatches": fitting}
+    return build(StageConfig, stage.model_dump(mode="json") | shape | {"batch_ramp": (), "length_ramp": ()}, "ramp")
+
+
 def make_program(config: RunConfig, mesh: Mesh) -> Program:
     """The model of a config (vocabulary known) laid out on a mesh; allocates nothing.
 
     Raises:
         ConfigError: a parameter dimension or a batch that the mesh does not divide.
     """
-    for stage in config.stages:
-        sharding.check_batch(stage.batch_size, stage.microbatches, mesh, f"stages.{stage.name}")
+    check_batches(config, mesh)
     model = make_model(config.model, config.execution.compute)
     first = config.stages[0]
     rows = config.objective.abstract_batch(1, first.sequence_length)

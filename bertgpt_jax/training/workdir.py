@@ -14,7 +14,7 @@ from etils import epath
 
 import bertgpt_jax
 from bertgpt_jax.config import to_json
-from bertgpt_jax.corpus.builder import open_corpus
+from bertgpt_jax.corpus.mixture import CorpusMixture, open_any
 from bertgpt_jax.corpus.reader import CorpusReader
 from bertgpt_jax.training import processes, resume, storage
 from bertgpt_jax.training.run_config import RunConfig
@@ -27,12 +27,12 @@ def cache_root(workdir: epath.Path) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "bertgpt_jax" / "corpora"
 
 
-def open_run_corpus(config: RunConfig, workdir: epath.Path) -> CorpusReader:
-    """The run's tokenised corpus, prepared by the first process if it is not there yet."""
+def open_run_corpus(config: RunConfig, workdir: epath.Path) -> CorpusReader | CorpusMixture:
+    """The run's tokenised corpora, prepared by the first process where they are not there yet."""
     root = cache_root(workdir)
     if jax.process_count() > 1:
-        processes.on_primary(lambda: open_corpus(config.corpus, root).fingerprint)
-    return open_corpus(config.corpus, root)
+        processes.on_primary(lambda: open_any(config.corpus, root).fingerprint)
+    return open_any(config.corpus, root)
 
 
 def use_compilation_cache(config: RunConfig, workdir: epath.Path) -> None:
@@ -49,15 +49,19 @@ def use_compilation_cache(config: RunConfig, workdir: epath.Path) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def write_description(workdir: epath.Path, config: RunConfig, identity: dict[str, Any], corpus: CorpusReader) -> None:
+def write_description(
+    workdir: epath.Path, config: RunConfig, identity: dict[str, Any], corpus: CorpusReader | CorpusMixture
+) -> None:
     """config.json, identity.json, corpus.json, env.json and the tokenizer."""
+    readers = corpus.readers if isinstance(corpus, CorpusMixture) else {"": corpus}
+    paths = {name: str(reader.path) for name, reader in readers.items()}
     storage.write_text(workdir / resume.CONFIG_FILE, to_json(config))
     storage.write_json(workdir / resume.IDENTITY_FILE, identity)
     storage.write_json(
         workdir / "corpus.json",
-        {"path": str(corpus.path), "fingerprint": corpus.fingerprint, "tokenizer_sha256": corpus.tokenizer.sha256},
+        {"path": paths.get("", paths), "fingerprint": corpus.fingerprint, "tokenizer_sha256": corpus.tokenizer.sha256},
     )
-    storage.copy_tree(epath.Path(corpus.path) / "tokenizer", workdir / "tokenizer")
+    storage.copy_tree(epath.Path(next(iter(paths.values()))) / "tokenizer", workdir / "tokenizer")
     storage.write_json(workdir / "env.json", environment())
 
 

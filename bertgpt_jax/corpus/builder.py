@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from bertgpt_jax.config import identity
 from bertgpt_jax.corpus.config import CorpusConfig
-from bertgpt_jax.corpus.files import SourceFile
+from bertgpt_jax.corpus.duplicates import DUPLICATES, ensure_duplicates, remove_duplicates
+from bertgpt_jax.corpus.files import SourceFile, check_unchanged
 from bertgpt_jax.corpus.kinds import load_tokenizer, open_tokenizer, train_tokenizer
 from bertgpt_jax.corpus.memory import peak_resident_bytes
 from bertgpt_jax.corpus.plan import Plan, find_request, make_plan, plan_to_json
@@ -26,6 +27,7 @@ from bertgpt_jax.corpus.pool import Pool
 from bertgpt_jax.corpus.reader import FORMAT_VERSION, MANIFEST, CorpusReader, content_fingerprint, read_manifest
 from bertgpt_jax.corpus.report import Work, nothing_left, report_lines
 from bertgpt_jax.corpus.shards import sample_shard, shard_documents, tokenise_shard
+from bertgpt_jax.corpus.stdin import spooled
 from bertgpt_jax.corpus.store import read_done, shard_name
 from bertgpt_jax.corpus.tokenizer import CONFIG_FILE, Tokenizer
 from bertgpt_jax.errors import ConfigError, DataError, StorageError
@@ -47,6 +49,7 @@ def open_corpus(config: CorpusConfig, cache_root: str | Path, progress: bool | R
         reader = CorpusReader(prepared)
         _check_tokenizer(reader, config)
         return reader
+    config = spooled(config, Path(cache_root))
     files, request = find_request(config)
     return CorpusReader(_build(config, files, request, Path(cache_root) / request[:12], progress))
 
@@ -62,6 +65,7 @@ def prepare_corpus(config: CorpusConfig, out: str | Path, progress: bool | Repor
         DataError: a source or tokenizer file is damaged, or no document is left after cleaning.
         StorageError: something cannot be read or written. PeerError: a worker died.
     """
+    config = spooled(config, Path(out).absolute().parent)
     return _build(config, *find_request(config), Path(out), progress)
 
 
@@ -98,6 +102,8 @@ def _build(
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is no tokenised corpus; choose an empty directory")
     plan = make_plan(config, files, request)
+    if config.filters.duplicates == "drop":
+        plan = dataclasses.replace(plan, duplicates=str((out / DUPLICATES).absolute()))
     workers = plan.config.workers if plan.config.workers >= 0 else os.cpu_count() or 1
     workers = min(workers, len(plan.shards))
     try:
@@ -108,11 +114,16 @@ def _build(
         raise StorageError(f"{out}: cannot be written ({error.strerror})") from None
     with ExitStack() as stack:
         pool = stack.enter_context(Pool(workers, out / PLAN_FILE, out)) if workers else None
+        if plan.duplicates and not all(_finished(plan, out, i) for i in range(len(plan.shards))):
+            ensure_duplicates(plan, out, pool, report)
         tokenizer = _ensure_tokenizer(plan, out, pool, report)
         work = _tokenise_missing(plan, out, tokenizer, pool, show=progress is True, report=report)
     manifest = _manifest(plan, out, tokenizer)
     if not sum(manifest["shards"]["documents"]):
         raise DataError(nothing_left(plan.config.path, manifest["cleaning"]))
+    for file in files:
+        check_unchanged(file)
+    remove_duplicates(out)
     _write_atomically(out / MANIFEST, json.dumps(manifest, ensure_ascii=False) + "\n")
     for line in report_lines(manifest, work, out):
         report(line)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from bertgpt_jax.config import EXECUTION, Config
+from bertgpt_jax.config import ADDED, EXECUTION, Config
 
 # ---------------------------------------------------------------- tokenizers
 
@@ -89,6 +89,31 @@ class CleaningConfig(Config):
     """What to do with bytes that are no UTF-8 and with lone surrogates: U+FFFD and a count, or stop."""
 
 
+class FiltersConfig(Config):
+    """Which documents stay after `cleaning`, which has `min_characters`; the report counts those that do not."""
+
+    max_characters: int | None = Field(None, ge=1)
+    """Drops documents with more characters."""
+    language_field: str = ""
+    """The field (jsonl, parquet, arrow, tfds) that holds a document's language."""
+    languages: tuple[str, ...] = ()
+    """The values of `language_field` that stay, letter for letter; an empty field is none of them."""
+    duplicates: Literal["keep", "drop"] = "keep"
+    """`drop`: of documents with equal cleaned text only the first of the whole source stays. Reads the source twice."""
+
+    @model_validator(mode="after")
+    def _languages_have_a_field(self) -> FiltersConfig:
+        if bool(self.language_field) != bool(self.languages):
+            raise ValueError(
+                f"language_field '{self.language_field}' and languages {list(self.languages)} go together: set both"
+            )
+        return self
+
+
+FIELD_SETTINGS = ("corpus.text_field", "corpus.filters.language_field")
+"""The settings that name the fields of `CorpusConfig.fields`, in their order."""
+
+
 class HashSplit(Config):
     """Holds out whole documents, chosen by a hash of their text: equal documents fall on the same side."""
 
@@ -111,14 +136,21 @@ class CorpusConfig(Config):
 
     kind: Annotated[Literal["single"], EXECUTION] = "single"
     path: Annotated[str | tuple[str, ...], EXECUTION] = ""
-    """`stdlib` (Python's own documentation), a file, directory, glob, a tuple of those, or a prepared corpus."""
-    format: Literal["auto", "text", "file", "jsonl", "wiki", "stdlib"] = "auto"
-    """`text`: blank lines part documents; `file`: one a file; `wiki`: WikiExtractor output. Reads `.gz` directly."""
+    """A file, directory, glob, `stdlib` (Python's own documentation), `tfds:name/config:version`, a tuple of those; or
+    `-`, standard input; or a prepared corpus."""
+    format: Literal["auto", "text", "file", "jsonl", "wiki", "stdlib", "parquet", "arrow", "tfds"] = "auto"
+    """`text`: blank lines part documents; `file`: one a file; `wiki`: WikiExtractor output. Reads `.gz` directly.
+    `arrow`: also directories that Hugging Face `datasets` saved to disk."""
     text_field: str = Field("text", min_length=1)
-    """The key of the text in a jsonl object."""
+    """The field of the text in a jsonl object, table or TFDS example."""
+    split: Annotated[str, ADDED] = Field("train", min_length=1)
+    """The split of a TFDS data set, also a slice (`train[:10%]+test`), or of a saved `DatasetDict`."""
+    data_dir: Annotated[str, EXECUTION] = ""
+    """Where TFDS data sets lie; "" is $TFDS_DATA_DIR or ~/tensorflow_datasets."""
     separator: str = ""
     """format=text: a line that parts documents, instead of blank lines (`<|endoftext|>`)."""
     cleaning: CleaningConfig = CleaningConfig()
+    filters: Annotated[FiltersConfig, ADDED] = FiltersConfig()
     sentences: Literal["none", "line", "split"] = "split"
     """Where sentences start: nowhere, at every line, or by punctuation."""
     held_out: Annotated[HashSplit | PositionSplit, Field(discriminator="kind")] = HashSplit()
@@ -130,3 +162,15 @@ class CorpusConfig(Config):
     tokenizer: TokenizerConfig = WordPieceConfig()
     workers: Annotated[int, EXECUTION] = Field(-1, ge=-1)
     """Processes that tokenise: -1 one a core, 0 this process."""
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields that are read of a document that has any: the text, and the language if it is filtered by."""
+        return (self.text_field, *([self.filters.language_field] if self.filters.language_field else []))
+
+    @model_validator(mode="after")
+    def _lengths_leave_something(self) -> CorpusConfig:
+        low, high = self.cleaning.min_characters, self.filters.max_characters
+        if high is not None and high < low:
+            raise ValueError(f"filters.max_characters {high} is below cleaning.min_characters {low}: nothing is left")
+        return self

@@ -42,7 +42,7 @@ ONLY_IN = {
     ),
     "orbax": ("training/",),
     "tokenizers": ("corpus/", "transfer/hf_tokenizer.py"),
-    "sentencepiece": ("corpus/",),
+    "sentencepiece": ("corpus/", "transfer/hf_tokenizer.py"),
     "tensorboardX": ("training/trackers.py",),
 }
 """Libraries that only some files may import at all, even inside a function."""

@@ -124,9 +124,16 @@ class Bert(nn.Module):
         logits_BPV = output.attend(self.masked_norm(x_BPD))
         return constrain(logits_BPV + self.masked_bias.astype(x_BPD.dtype), "batch", None, "act_vocab")
 
-    def next_sentence_logits(self, x_BTD: Hidden) -> Array:
-        """[B, 2]: is-next and is-random (BERT's label order), from the tanh-pooled first token."""
-        return self.next_sentence(jnp.tanh(self.pooler(x_BTD[:, 0])))
+    def next_sentence_logits(self, x_BTD: Hidden, cls_positions_BK: Array | None = None) -> Array:
+        """Is-next and is-random (BERT's label order) from tanh-pooled tokens: [B, 2] of the first one of each row.
+
+        With `cls_positions_BK`, where the pairs of packed rows begin, [B, K, 2] of those.
+        """
+        if cls_positions_BK is None:
+            return self.next_sentence(jnp.tanh(self.pooler(x_BTD[:, 0])))
+        x_BKD = jnp.take_along_axis(x_BTD, cls_positions_BK[..., None], axis=1)
+        pairs = constrain(x_BKD, "batch", None, "act_embed").reshape(-1, x_BTD.shape[-1])
+        return self.next_sentence(jnp.tanh(self.pooler(pairs))).reshape(*cls_positions_BK.shape, 2)
 
     def __call__(
         self,
@@ -135,8 +142,12 @@ class Bert(nn.Module):
         types_BT: Tokens | None,
         mask: AttentionMask,
         mask_positions_BP: Array,
+        cls_positions_BK: Array | None = None,
     ) -> tuple[Array, Array | None]:
-        """(masked-LM logits [B, P, V], next-sentence logits [B, 2] or None without that head), compute dtype."""
+        """(masked-LM logits [B, P, V], next-sentence logits or None without that head), compute dtype.
+
+        Next-sentence logits are [B, 2], or [B, K, 2] of packed pairs.
+        """
         x_BTD = self.encode(tokens_BT, positions_BT, types_BT, mask)
-        next_BC = self.next_sentence_logits(x_BTD) if self.config.next_sentence_head else None
-        return self.masked_logits(x_BTD, mask_positions_BP), next_BC
+        following = self.next_sentence_logits(x_BTD, cls_positions_BK) if self.config.next_sentence_head else None
+        return self.masked_logits(x_BTD, mask_positions_BP), following

@@ -55,9 +55,12 @@ class AttentionMask:
         return allowed
 
 
-def causal_mask() -> AttentionMask:
-    """Each position sees itself and what precedes it in the row, document boundaries ignored (GPT-2, GPT-3)."""
-    return AttentionMask(causal=True)
+def causal_mask(segments_BT: Array | None = None) -> AttentionMask:
+    """Each position sees itself and what precedes it in the row, document boundaries ignored (GPT-2, GPT-3).
+
+    With `segments_BT` it sees nothing but its own segment.
+    """
+    return AttentionMask(causal=True, q_segments_BT=segments_BT, kv_segments_BS=segments_BT)
 
 
 def segment_mask(segments_BT: Array) -> AttentionMask:

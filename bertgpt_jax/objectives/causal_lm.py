@@ -1,12 +1,14 @@
-"""Next-token prediction over fixed windows (Radford et al. 2018, eq. 1)."""
+"""Next-token prediction over fixed windows, or over packed documents (Radford et al. 2018, eq. 1)."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
+from pydantic import Field
 
+from bertgpt_jax.batches.packing import PackedDocuments
 from bertgpt_jax.batches.windows import Windows
 from bertgpt_jax.config import Config
 from bertgpt_jax.nn.losses import cross_entropy
@@ -16,10 +18,10 @@ from bertgpt_jax.shapes import Array, Params
 
 
 class CausalLM(Config):
-    """Batch: `tokens`, `positions`, `targets` int32 [B, T], `weights` fp32 [B, T]."""
+    """Batch: `tokens`, `positions`, `targets` int32 [B, T], `weights` fp32 [B, T]; packed: `segments` int32 [B, T]."""
 
     kind: Literal["causal_lm"] = "causal_lm"
-    examples: Windows = Windows()
+    examples: Annotated[Windows | PackedDocuments, Field(discriminator="kind")] = Windows()
     masking: None = None
 
     def coefficients(self) -> dict[str, float]:
@@ -44,11 +46,12 @@ class CausalLM(Config):
             jax.ShapeDtypeStruct((rows, length), jnp.int32),
             jax.ShapeDtypeStruct((rows, length), jnp.float32),
         )
-        return {"tokens": ids, "positions": ids, "targets": ids, "weights": weights}
+        batch = {"tokens": ids, "positions": ids, "targets": ids, "weights": weights}
+        return batch if isinstance(self.examples, Windows) else batch | {"segments": ids}
 
     def model_inputs(self, batch: Batch) -> tuple:
         """Positional arguments of the model's `__call__`."""
-        return batch["tokens"], batch["positions"], causal_mask()
+        return batch["tokens"], batch["positions"], causal_mask(batch.get("segments"))
 
     def loss(self, model: Any, params: Params, batch: Batch, carry: Any, key: Array | None) -> Sums:
         """Summed cross-entropy and next-token accuracy."""

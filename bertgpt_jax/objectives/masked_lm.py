@@ -1,14 +1,16 @@
-"""Masked language modelling without sentence pairs (Liu et al. 2019, FULL-SENTENCES)."""
+"""Masked language modelling without sentence pairs (Liu et al. 2019, section 4.2)."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 from pydantic import Field
 
 from bertgpt_jax.batches.masking import Masking
+from bertgpt_jax.batches.packing import PackedDocuments
+from bertgpt_jax.batches.sentences import DocSentences, FullSentences
 from bertgpt_jax.batches.windows import FullDocuments
 from bertgpt_jax.config import Config
 from bertgpt_jax.nn.losses import cross_entropy
@@ -24,7 +26,9 @@ class MaskedLM(Config):
     """
 
     kind: Literal["masked_lm"] = "masked_lm"
-    examples: FullDocuments = FullDocuments()
+    examples: Annotated[FullDocuments | FullSentences | DocSentences | PackedDocuments, Field(discriminator="kind")] = (
+        FullDocuments()
+    )
     masking: Masking = Masking()
     coefficient: float = Field(default=1.0, gt=0)
 
@@ -74,9 +78,9 @@ def abstract_masked_batch(masking: Masking, rows: int, length: int) -> dict[str,
 
 
 def masked_inputs(batch: Batch) -> tuple:
-    """`Bert.__call__` arguments of a masked batch; `types` may be absent."""
-    mask = segment_mask(batch["segments"])
-    return batch["tokens"], batch["positions"], batch.get("types"), mask, batch["mask_positions"]
+    """`Bert.__call__` arguments of a masked batch; `types` and `cls_positions` may be absent."""
+    types, pairs, mask = batch.get("types"), batch.get("cls_positions"), segment_mask(batch["segments"])
+    return batch["tokens"], batch["positions"], types, mask, batch["mask_positions"], pairs
 
 
 def masked_sums(logits_BPV: Array, batch: Batch) -> tuple[Array, Array]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 from pydantic import Field
 
 from bertgpt_jax.batches.masking import Masking
+from bertgpt_jax.batches.packing import PackedPairs
 from bertgpt_jax.batches.pairs import SentencePairs
 from bertgpt_jax.config import Config
 from bertgpt_jax.nn.losses import cross_entropy
@@ -20,11 +21,12 @@ from bertgpt_jax.shapes import Array, Params
 class MaskedLMNSP(Config):
     """Batch: that of `MaskedLM` plus int32 `types` [B, T], `next_labels` [B] (1 = random) and fp32 `next_weights` [B].
 
+    Packed pairs have labels and weights [B, K], and int32 `cls_positions` [B, K], where each pair begins.
     The masked loss is divided by the masked positions of the whole batch (the original on TPU averages per-core means).
     """
 
     kind: Literal["masked_lm_nsp"] = "masked_lm_nsp"
-    examples: SentencePairs = SentencePairs()
+    examples: Annotated[SentencePairs | PackedPairs, Field(discriminator="kind")] = SentencePairs()
     masking: Masking = Masking()
     masked_coefficient: float = Field(default=1.0, gt=0)
     next_coefficient: float = Field(default=1.0, gt=0)
@@ -49,9 +51,11 @@ class MaskedLMNSP(Config):
         """Shapes and dtypes of a batch."""
         batch = abstract_masked_batch(self.masking, rows, length)
         batch["types"] = batch["tokens"]
-        batch["next_labels"] = jax.ShapeDtypeStruct((rows,), jnp.int32)
-        batch["next_weights"] = jax.ShapeDtypeStruct((rows,), jnp.float32)
-        return batch
+        packed = isinstance(self.examples, PackedPairs)
+        shape = (rows, self.examples.max_segments) if packed else (rows,)
+        batch["next_labels"] = jax.ShapeDtypeStruct(shape, jnp.int32)
+        batch["next_weights"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+        return batch | {"cls_positions": batch["next_labels"]} if packed else batch
 
     def model_inputs(self, batch: Batch) -> tuple:
         """Positional arguments of the model's `__call__`."""
@@ -59,10 +63,10 @@ class MaskedLMNSP(Config):
 
     def loss(self, model: Any, params: Params, batch: Batch, carry: Any, key: Array | None) -> Sums:
         """Summed cross-entropies and accuracies of both parts."""
-        logits_BPV, logits_BC = model.apply({"params": params}, *self.model_inputs(batch), rngs=rngs(key))
+        logits_BPV, following = model.apply({"params": params}, *self.model_inputs(batch), rngs=rngs(key))
         loss, right = masked_sums(logits_BPV, batch)
         labels, weights = batch["next_labels"], batch["next_weights"]
-        next_loss = jnp.sum(cross_entropy(logits_BC, labels) * weights)
-        next_right = jnp.sum(is_best(logits_BC, labels) * weights)
+        next_loss = jnp.sum(cross_entropy(following, labels) * weights)
+        next_right = jnp.sum(is_best(following, labels) * weights)
         metrics = {"mlm_accuracy": right, "nsp_accuracy": next_right}
         return Sums({"mlm": loss, "nsp": next_loss}, metrics, carry)

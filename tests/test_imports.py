@@ -43,12 +43,17 @@ ONLY_IN = {
     "orbax": ("training/",),
     "tokenizers": ("corpus/", "transfer/hf_tokenizer.py"),
     "sentencepiece": ("corpus/", "transfer/hf_tokenizer.py"),
+    "pyarrow": ("corpus/tables.py",),
+    "tensorflow_datasets": ("corpus/tfds.py",),
     "tensorboardX": ("training/trackers.py",),
 }
 """Libraries that only some files may import at all, even inside a function."""
 
-OPTIONAL = {"matplotlib", "torch", "transformers", "tensorflow", "tensorflow_datasets", "wandb", "gcsfs", "s3fs"}
+OPTIONAL = {"matplotlib", "torch", "transformers", "tensorflow", "wandb", "gcsfs", "s3fs"}
 """Libraries of the extras: imported inside functions, so that the package works without them."""
+
+SLOW = {"tensorflow_datasets", "pyarrow"}
+"""Required, but imported inside functions too: only some sources need them, and they take up to a second."""
 
 BANNED = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 """Loading these formats runs code from the file."""
@@ -109,7 +114,7 @@ def violations(path: Path, source: str) -> list[str]:
         if parts[0] in BANNED:
             found.append(f"{name}: {parts[0]} runs code from files; nobody may import it")
     for statement in at_import_time(tree):
-        early = {i.split(".")[0] for i in imports(statement, path)} & (OPTIONAL | heavy_for(folder))
+        early = {i.split(".")[0] for i in imports(statement, path)} & (OPTIONAL | SLOW | heavy_for(folder))
         found += [f"{name}:{statement.lineno}: import {library} inside the function that needs it" for library in early]
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and node.value in MESH_AXES and folder != "parallel":

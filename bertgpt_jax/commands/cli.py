@@ -14,6 +14,7 @@ VERBS = {
     "evaluate": "held-out loss, perplexity and accuracies of a workdir",
     "tokenizer": "train a tokenizer; encode, decode or check text with it",
     "prepare": "turn text into a tokenised corpus",
+    "bert_exact": "the instances of BERT's own script, as JSON lines",
     "curve": "draw learning curves to a PNG",
     "benchmark": "measure a speed beside its peers",
     "launch_local": "start a command as several processes over loopback",

@@ -17,6 +17,7 @@ DROPS = ("empty", "title_stubs", "min_characters", "language", "max_characters",
 
 _LINE_CONTROLS = re.compile("[\x0b\x0c\x85]")
 _CONTROLS = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")
+_ANY_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _BOOK_START = re.compile(r"^\s*\*\*\* ?START OF (?:THE|THIS) PROJECT GUTENBERG[^*]{0,400}\*\*\*[^\n]*\n", re.M | re.I)
 _BOOK_END = re.compile(
@@ -70,14 +71,12 @@ def _decode(document: RawDocument, config: CleaningConfig, counts: Counter[str])
 
 
 def _without_controls(text: str) -> str:
-    if _LINE_CONTROLS.search(text):
-        text = _LINE_CONTROLS.sub("\n", text)
-    return _CONTROLS.sub("", text) if _CONTROLS.search(text) else text
+    return _CONTROLS.sub("", _LINE_CONTROLS.sub("\n", text)) if _ANY_CONTROL.search(text) else text
 
 
 def _without_licence(text: str) -> str:
     """The text between Project Gutenberg's START and END lines, if it has a START line."""
-    start = _BOOK_START.search(text)
+    start = _BOOK_START.search(text) if "***" in text else None
     if start is None:
         return text
     end = _BOOK_END.search(text, start.end())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import io
 import json
 from collections.abc import Iterator
 
@@ -12,6 +13,8 @@ from bertgpt_jax.corpus.files import SourceFile, open_bytes
 from bertgpt_jax.corpus.tables import read_table
 from bertgpt_jax.corpus.tfds import read_examples
 from bertgpt_jax.errors import DataError
+
+_BLOCK = 1 << 18
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +75,8 @@ def read_documents(
 def _lines(stream, lo: int, hi: int) -> Iterator[tuple[int, bytes]]:
     """(offset, line) of the lines that start in [lo, hi)."""
     position = lo
-    while position < hi:
-        line = stream.readline()
-        if not line:
+    for line in io.BufferedReader(stream, _BLOCK):  # a gzip file's own lines are made in Python
+        if position >= hi:
             return
         yield position, line
         position += len(line)

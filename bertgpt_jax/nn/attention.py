@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
-from bertgpt_jax.nn.layers import dropout
+from bertgpt_jax.nn.layers import constrain, dropout
 from bertgpt_jax.nn.masks import AttentionMask
 from bertgpt_jax.shapes import Array, Heads
 
@@ -40,3 +42,27 @@ def dot_product_attention(
         weights_BNTS = jnp.where(allowed, weights_BNTS, 0.0)
     weights_BNTS = dropout(weights_BNTS.astype(q_BTNH.dtype), dropout_rate, key)
     return jnp.einsum("BNTS,BNSH->BNTH", weights_BNTS, v_BNSH).swapaxes(1, 2)
+
+
+class KeyValues(NamedTuple):
+    """What one layer remembers of the tokens it has seen, S slots a row; each head's slots lie together.
+
+    Heads come before slots because a decoding step reads all of a head's keys: the other order copies the whole cache
+    in every step.
+    """
+
+    k_BNSH: Array
+    v_BNSH: Array
+
+    def extended(self, k_BTNH: Heads, v_BTNH: Heads, slot: Array | None) -> KeyValues:
+        """With T more tokens: written at slots `slot`.. (int32 []), or as new slots behind the others (None)."""
+
+        def extend(old_BNSH: Array, new_BTNH: Heads) -> Array:
+            new_BNTH = new_BTNH.swapaxes(1, 2).astype(old_BNSH.dtype)
+            if slot is None:
+                old_BNSH = jnp.concatenate([old_BNSH, new_BNTH], 2)
+            else:
+                old_BNSH = jax.lax.dynamic_update_slice_in_dim(old_BNSH, new_BNTH, slot, 2)
+            return constrain(old_BNSH, "batch", "act_heads", None, None)
+
+        return KeyValues(extend(self.k_BNSH, k_BTNH), extend(self.v_BNSH, v_BTNH))

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from pydantic import Field, model_validator
 
 from bertgpt_jax.config import Config
-from bertgpt_jax.nn.attention import dot_product_attention
+from bertgpt_jax.nn.attention import KeyValues, dot_product_attention
 from bertgpt_jax.nn.layers import Einsum, Initializer, LayerNorm, activation, constrain, dropout, dropout_key
 from bertgpt_jax.nn.masks import AttentionMask
-from bertgpt_jax.shapes import Hidden, Params
+from bertgpt_jax.shapes import Array, Hidden, Params
 
 
 class BlockConfig(Config):
@@ -75,12 +75,18 @@ class ComputeConfig(Config):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention (Vaswani et al. 2017, section 3.2.2) with biases, q/k/v as separate kernels."""
+    """Multi-head self-attention (Vaswani et al. 2017, section 3.2.2) with biases, q/k/v as separate kernels.
+
+    Decoding gives what earlier tokens left, `cache`, and the slot to write at (see `KeyValues.extended`); the queries
+    then see all slots that `mask` allows, their own among them.
+    """
 
     config: BlockConfig
 
     @nn.compact
-    def __call__(self, x_BTD: Hidden, mask: AttentionMask) -> Hidden:
+    def __call__(
+        self, x_BTD: Hidden, mask: AttentionMask, cache: KeyValues | None = None, slot: Array | None = None
+    ) -> tuple[Hidden, KeyValues | None]:
         c = self.config
         shape, axes = (c.hidden_size, c.num_heads, c.head_size), ("embed", "heads", "head_dim")
 
@@ -90,9 +96,12 @@ class Attention(nn.Module):
 
         with jax.named_scope("attention"):
             q_BTNH, k_BSNH, v_BSNH = project("query"), project("key"), project("value")
+            if cache is not None:
+                cache = cache.extended(k_BSNH, v_BSNH, slot)
+                k_BSNH, v_BSNH = (x_BNSH.swapaxes(1, 2) for x_BNSH in cache)
             o_BTNH = dot_product_attention(q_BTNH, k_BSNH, v_BSNH, mask, c.attention_dropout, dropout_key(self))
             shape, axes = (c.num_heads, c.head_size, c.hidden_size), ("heads", "head_dim", "embed")
-            return Einsum("BTNH,NHD->BTD", shape, axes, c.weight_init(residual=True), name="output")(o_BTNH)
+            return Einsum("BTNH,NHD->BTD", shape, axes, c.weight_init(residual=True), name="output")(o_BTNH), cache
 
 
 class FeedForward(nn.Module):
@@ -117,7 +126,9 @@ class Block(nn.Module):
     config: BlockConfig
 
     @nn.compact
-    def __call__(self, x_BTD: Hidden, mask: AttentionMask) -> tuple[Hidden, None]:
+    def __call__(
+        self, x_BTD: Hidden, mask: AttentionMask, cache: KeyValues | None = None, slot: Array | None = None
+    ) -> tuple[Hidden, KeyValues | None]:
         c = self.config
         attention, feed_forward = Attention(c, name="attention"), FeedForward(c, name="feed_forward")
         attention_norm = LayerNorm(c.hidden_size, c.norm_eps, name="attention_norm")
@@ -127,10 +138,12 @@ class Block(nn.Module):
             return constrain(x + dropout(y, c.hidden_dropout, dropout_key(self)), "batch", "length", "act_embed")
 
         if c.norm_position == "pre":
-            x_BTD = residual(x_BTD, attention(attention_norm(x_BTD), mask))
-            return residual(x_BTD, feed_forward(feed_forward_norm(x_BTD))), None
-        x_BTD = attention_norm(residual(x_BTD, attention(x_BTD, mask)))
-        return feed_forward_norm(residual(x_BTD, feed_forward(x_BTD))), None
+            y_BTD, cache = attention(attention_norm(x_BTD), mask, cache, slot)
+            x_BTD = residual(x_BTD, y_BTD)
+            return residual(x_BTD, feed_forward(feed_forward_norm(x_BTD))), cache
+        y_BTD, cache = attention(x_BTD, mask, cache, slot)
+        x_BTD = attention_norm(residual(x_BTD, y_BTD))
+        return feed_forward_norm(residual(x_BTD, feed_forward(x_BTD))), cache
 
 
 def layer_stack(config: BlockConfig, compute: ComputeConfig) -> nn.Module:

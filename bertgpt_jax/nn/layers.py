@@ -25,7 +25,8 @@ class Einsum(nn.Module):
     Flax's Dense flattens multi-dimensional kernels at init, which breaks logical partitioning (flax issue 3676).
 
     Attributes:
-        equation: e.g. `BTD,DNH->BTNH`; the second operand is the kernel.
+        equation: e.g. `BTD,DNH->BTNH`; the second operand is the kernel. The result has x's own letters, then the
+            kernel's.
         shape: of the kernel.
         axes: logical name of each kernel dimension.
         kernel_init: kernel initializer (a field called `init` would hide `Module.init`).
@@ -42,9 +43,13 @@ class Einsum(nn.Module):
     def __call__(self, x: Array) -> Array:
         init = nn.with_logical_partitioning(self.kernel_init, self.axes)
         kernel = self.param("kernel", init, self.shape, jnp.float32)
-        y = jnp.einsum(self.equation, x, kernel.astype(x.dtype))
+        letters = self.equation.replace("->", ",").split(",")
+        # jnp.einsum contracts in alphabetical order: BTNH,NHD->BTD would transpose x and copy the kernel in every call.
+        contracted = [letter for letter in letters[1] if letter not in letters[2]]
+        ends = [[operand.index(letter) - len(operand) for letter in contracted] for operand in letters[:2]]
+        dimensions = ([x.ndim + i for i in ends[0]], [kernel.ndim + i for i in ends[1]])
+        y = jax.lax.dot_general(x, kernel.astype(x.dtype), (dimensions, ((), ())))
         if self.use_bias:
-            letters = self.equation.replace("->", ",").split(",")
             kept = [i for i, letter in enumerate(letters[1]) if letter in letters[2]]
             shape, axes = tuple(self.shape[i] for i in kept), tuple(self.axes[i] for i in kept)
             bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, axes), shape, jnp.float32)

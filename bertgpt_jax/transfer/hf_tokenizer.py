@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,12 @@ def _merges(ids: dict[str, int], pieces: list[tuple[str, float]]) -> list[tuple[
             if left in ids and right in ids:
                 found.append((-score, ids[left], ids[right], (left, right)))
     return [pair for *_, pair in sorted(found)]
+
+
+def encode_as_written(directory: Path, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of texts by the tokenizer.json in a directory, nothing put around them."""
+    written = Backend.from_file(str(directory / PIPELINE))
+    return [written.encode(text, add_special_tokens=False).ids for text in texts]
 
 
 # ---------------------------------------------------------------- in

@@ -1,4 +1,4 @@
-"""The proof of an export: bits against the source, then hidden states, logits and loss against another implementation."""
+"""The proof of an export: bits against the source, then states, logits and loss against another implementation."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
-from tokenizers import Tokenizer as Backend
 
 from bertgpt_jax.corpus.tokenizer import Tokenizer
 from bertgpt_jax.errors import ConfigError, DataError
 from bertgpt_jax.transfer.family import Family
 from bertgpt_jax.transfer.forward import forward
 from bertgpt_jax.transfer.hf_directory import reader
+from bertgpt_jax.transfer.hf_tokenizer import encode_as_written
 from bertgpt_jax.transfer.names import Name, one_layer
 from bertgpt_jax.transfer.numpy_reference import IGNORED, Outputs
 from bertgpt_jax.transfer.reference import load_outputs
@@ -164,17 +164,21 @@ def our_outputs(
     return forward(source.model_config, top, layer, batch, layers)
 
 
-def compare_outputs(ours: Outputs, theirs: Outputs, kind: str) -> dict[str, Any]:
+def compare_outputs(ours: Outputs, theirs: Outputs, attention: np.ndarray, kind: str) -> dict[str, Any]:
     """Differences, from the embeddings to the loss.
+
+    Args:
+        attention: [B, T], 0 where a row is padded; what is computed there is nobody's.
 
     Raises:
         ProofFailed: naming the first stage at which they are too large.
     """
     if len(ours.hidden) != len(theirs.hidden):
         raise ProofFailed(f"{kind} has {len(theirs.hidden) - 1} layers, ours {len(ours.hidden) - 1}")
-    stages = [("the embeddings", ours.hidden[0], theirs.hidden[0])]
-    stages += [(f"layer {i}", a, b) for i, (a, b) in enumerate(zip(ours.hidden[1:], theirs.hidden[1:], strict=True))]
-    stages.append(("the logits", ours.logits, theirs.logits))
+    real = attention > 0
+    names = ["the embeddings", *(f"layer {i}" for i in range(len(ours.hidden) - 1))]
+    stages = [(n, a[real], b[real]) for n, a, b in zip(names, ours.hidden, theirs.hidden, strict=True)]
+    stages.append(("the logits", ours.logits[real], theirs.logits[real]))
     if ours.next_logits is not None and theirs.next_logits is not None:
         stages.append(("the next-sentence logits", ours.next_logits, theirs.next_logits))
     stages.append(("the loss", np.float64(ours.loss), np.float64(theirs.loss)))
@@ -192,7 +196,7 @@ def compare_outputs(ours: Outputs, theirs: Outputs, kind: str) -> dict[str, Any]
         "logits": worst["the logits"],
         "next_sentence_logits": worst.get("the next-sentence logits"),
         "loss": {"ours": ours.loss, kind: theirs.loss},
-        "top_5_agree": _same_top(ours.logits, theirs.logits, kind),
+        "top_5_agree": _same_top(ours.logits[real], theirs.logits[real], kind),
     }
 
 
@@ -215,9 +219,8 @@ def compare_tokenizers(directory: Path, tokenizer: Tokenizer) -> int:
     Raises:
         ProofFailed: naming the text.
     """
-    written = Backend.from_file(str(directory / "tokenizer.json"))
-    for text in TEXTS:
-        theirs, ours = written.encode(text, add_special_tokens=False).ids, tokenizer.encode(text).tolist()
+    for text, theirs in zip(TEXTS, encode_as_written(directory, TEXTS), strict=True):
+        ours = tokenizer.encode(text).tolist()
         if theirs != ours:
             raise ProofFailed(f"the written tokenizer cuts {text!r} into {theirs[:12]}, ours into {ours[:12]}")
     return len(TEXTS)

@@ -3,7 +3,7 @@
     B  batch            T  query length / sequence    S  key length
     D  model width      N  attention heads            H  head width
     F  feed-forward     V  vocabulary                 L  layers
-    P  predictions a row (masked positions)
+    P  predictions a row (masked positions)          K  segments a packed row
 
 `x_BTD` is an array of those dimensions in that order. Logical axis names (`embed`, `heads`, ...) of the same dimensions
 are mapped to the mesh in `parallel/axes.py`.

@@ -76,7 +76,10 @@ def linear_cross_entropy(
         settings = _Settings(chunk, z_loss, label_smoothing, (), ())
         return HeadLoss(*_weighted_loss(settings, None, x_BTD, table_VD, bias_V, labels_BT, weights_BT))
     rows, vocab = nn.logical_to_mesh_axes(("batch", "act_vocab"))
-    rows, vocab = (axes if isinstance(axes, tuple) else (axes,) if axes else () for axes in (rows, vocab))
+    rows, vocab = (
+        tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes or ()) if mesh.shape[axis] > 1)
+        for axes in (rows, vocab)
+    )
     shards = math.prod(mesh.shape[axis] for axis in vocab)
     if table_VD.shape[0] % shards:
         raise ConfigError(f"a vocabulary of {table_VD.shape[0]} rows is not divisible by mesh {vocab} = {shards}")

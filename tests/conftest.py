@@ -71,3 +71,39 @@ def shared_data(repository: Path) -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}; set BERTGPT_TEST_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tfds_data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A TFDS data directory with `made_up/plain:1.0.0` in ArrayRecord files, built here without TensorFlow.
+
+    `train` has 100 examples in 4 files, `test` 10 in 4: {"text": "Example N.\\nIts second line.", "language": "en" or
+    "de" by turns, "number": N}, N from 0 on through both; TFDS shuffles them by its own hash.
+    """
+    import numpy as np
+    import tensorflow_datasets as tfds
+    from etils import epath
+
+    folder = tmp_path_factory.mktemp("tfds")
+
+    class MadeUp(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+        BUILDER_CONFIGS = [tfds.core.BuilderConfig(name="plain", version="1.0.0", description="made up")]
+        pkg_dir_path = epath.Path(folder)
+
+        def _info(self):
+            text = tfds.features.Text()
+            features = {"text": text, "language": text, "number": tfds.features.Scalar(np.int32)}
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples(0, 100), "test": self._generate_examples(100, 110)}
+
+        def _generate_examples(self, lo, hi):
+            for n in range(lo, hi):
+                text = f"Example {n}.\nIts second line."
+                yield n, {"text": text, "language": ("en", "de")[n % 2], "number": n}
+
+    builder = MadeUp(config="plain", data_dir=folder / "data", file_format="array_record")
+    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(num_shards=4))
+    return folder / "data"

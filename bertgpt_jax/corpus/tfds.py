@@ -93,29 +93,33 @@ def _check_features(path: str, known: Any, fields: tuple[str, ...]) -> None:
 
 
 def _read(records: Any, batch: range, path: str, first: int) -> list[bytes]:
+    """The records of a batch of indices; record 0 is number `first` of its file."""
+    found, reason = _try_read(records, batch)
+    if reason is None:
+        return found
+    for i in batch:
+        reason = _try_read(records, range(i, i + 1))[1] or ""
+        if reason:
+            raise DataError(f"{path}: record {first + i} is damaged ({reason}); fetch the file again")
+    raise DataError(f"{path}: records {first + batch[0]} to {first + batch[-1]} cannot be read; fetch the file again")
+
+
+def _try_read(records: Any, batch: range) -> tuple[list[bytes], str | None]:
+    """Records, or why not. A file cut at a block's end gives empty ones without an error; no example is empty."""
     try:
-        return records.__getitems__(list(batch))
-    except (RuntimeError, ValueError, OSError):
-        for i in batch:
-            try:
-                records.__getitems__([i])
-            except (RuntimeError, ValueError, OSError) as error:
-                reason = f" ({str(error).splitlines()[0][:200]})" if str(error) else ""
-                raise DataError(f"{path}: record {first + i} is damaged{reason}; fetch the file again") from None
-        raise
+        found = records.__getitems__(list(batch))
+    except (RuntimeError, ValueError, IndexError, OSError) as error:
+        return [], _first_line(error) or "its end is missing"
+    return found, None if all(found) else "its end is missing"
 
 
 def _check_readable(path: str, builder: Any, split: str, number: int) -> None:
     """Reads a file's last record: a file that is empty, cut short or of another kind has none."""
     length = builder.info.splits[split].shard_lengths[number]
-    size = Path(path).stat().st_size
-    try:
-        if length:
-            _records(builder, split, number, length - 1, length).__getitems__([0])
-    except (RuntimeError, ValueError, IndexError, OSError) as error:
-        reason = str(error).splitlines()[0][:200] if str(error) else "its end is missing"
+    reason = _try_read(_records(builder, split, number, length - 1, length), range(1))[1] if length else None
+    if reason is not None:
         rule = f"no ArrayRecord file of {length:,} examples, or a damaged one"
-        raise DataError(f"{path}: {size:,} bytes are {rule} ({reason}); fetch it again") from None
+        raise DataError(f"{path}: {Path(path).stat().st_size:,} bytes are {rule} ({reason}); fetch it again")
 
 
 # ---------------------------------------------------------------- TFDS

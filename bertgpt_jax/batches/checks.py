@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+
 import numpy as np
 
 from bertgpt_jax.batches.examples import Examples
-from bertgpt_jax.batches.masking import Masking
+from bertgpt_jax.batches.masking import Masking, lost_share
 from bertgpt_jax.batches.packing import PackedDocuments
 from bertgpt_jax.batches.pairs import MIN_LENGTH, SentencePairs
 from bertgpt_jax.batches.streams import ContiguousStreams
 from bertgpt_jax.batches.windows import Windows
 from bertgpt_jax.corpus.view import Corpus
 from bertgpt_jax.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
 
 
 def check_rows(rows: np.ndarray | None, batch_size: int) -> np.ndarray:
@@ -53,6 +58,22 @@ def check_settings(
         tokenizer = getattr(corpus, "tokenizer", None)  # a corpus made of lists has none
         purpose += f" with the {tokenizer.kind} tokenizer" if tokenizer is not None else ""
     corpus.special.require("pad", "cls", "sep", "mask", purpose=purpose)
+
+
+@functools.cache
+def warn_of_lost_predictions(masking: Masking, sequence_length: int) -> None:
+    """Logs once, for the same settings, that `max_predictions` is too small for the rate."""
+    lost = lost_share(masking, sequence_length)
+    if lost:
+        log.warning(
+            "masking.max_predictions = %d cuts %.0f%% of the predictions of a full row: masking.rate = %g asks for %d "
+            "of %d tokens; raise it, or lower the rate",
+            masking.max_predictions,
+            100 * lost,
+            masking.rate,
+            round(masking.rate * sequence_length),
+            sequence_length,
+        )
 
 
 def check_split(corpus: Corpus, split: str) -> None:

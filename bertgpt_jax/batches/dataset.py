@@ -10,7 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from bertgpt_jax.batches.checks import check_ids, check_rows, check_settings, check_split
+from bertgpt_jax.batches.checks import (
+    check_ids,
+    check_rows,
+    check_settings,
+    check_split,
+    warn_of_lost_predictions,
+)
 from bertgpt_jax.batches.examples import FORMAT, Batch, ExampleMaker, Examples, Rows
 from bertgpt_jax.batches.masking import Masking, mask_rows, mask_tables
 from bertgpt_jax.batches.windows import positions
@@ -72,7 +78,9 @@ class Dataset:
         self._maker = ExampleMaker(corpus, examples, split, sequence_length, batch_size, causal=masking is None)
         self._tables = None
         if masking is not None:
-            self._tables = mask_tables(masking, corpus.special.mask, corpus.special_mask())
+            self._tables = mask_tables(masking, corpus.special.mask, corpus.special_mask(), corpus.special.unk)
+            if split == "train":
+                warn_of_lost_predictions(masking, sequence_length)
         self._epoch_starts = [0]
         self._lock = threading.Lock()
         if split == "train":

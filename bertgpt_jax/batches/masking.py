@@ -1,33 +1,37 @@
-"""Masked-language-model targets: which tokens of a row are predicted, and what the model sees in their place.
+"""Masked-language-model targets: how many tokens of a row are predicted, and what the model sees in their place.
 
 The masks of an example depend on (seed, epoch, example index) and its tokens alone, so they are fresh every epoch and
-the same on every machine. Rules: google-research/bert `create_pretraining_data.py` (`create_masked_lm_predictions`);
-RoBERTa's restriction of random replacements to regular ids is `random_from="regular"`. Special ids, [UNK] among them,
-are never predicted (BERT's script spares only [CLS] and [SEP], and so also asks for unknown words).
+the same on every machine. Rules: google-research/bert `create_pretraining_data.py` (`create_masked_lm_predictions`),
+fairseq `mask_tokens_dataset.py` for RoBERTa, Megatron-LM `masked_dataset.py`; `VARIANTS` has their settings by name.
+Here special ids are never predicted; the originals spare only [CLS] and [SEP] (fairseq not even those), so
+`predict_unknown` is what makes up the difference on their vocabularies.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from bertgpt_jax.batches import bits
-from bertgpt_jax.config import Config
+from bertgpt_jax.batches.mask_choice import choose_spans, choose_tokens, choose_words, random_order
+from bertgpt_jax.config import ADDED, Config
 from bertgpt_jax.errors import ConfigError
-
-_NEVER = np.uint64(0xFFFFFFFFFFFFFFFF)
-"""Sort key of what cannot be chosen."""
 
 
 class Masking(Config):
-    """How many tokens are predicted and how they are hidden."""
+    """How many tokens are predicted and how they are hidden.
+
+    A name of `VARIANTS` stands for its settings: `objective.masking=roberta`.
+    """
 
     rate: float = Field(0.15, gt=0, lt=1)
-    """Share of a row's real tokens, [CLS] and [SEP] counted, that is predicted (at least one token)."""
+    """Share of a row's real tokens, [CLS] and [SEP] counted, that is predicted."""
+    number: Annotated[Literal["nearest", "stochastic"], ADDED] = "nearest"
+    """From rate * tokens to a whole number: BERT's nearest, and at least one; or floor(. + u), u uniform in [0, 1)."""
     max_predictions: int | None = Field(None, ge=1)
     """At most this many a row (the arrays' width P); None: ceil(rate * sequence length)."""
     mask_fraction: float = Field(0.8, ge=0, le=1)
@@ -36,8 +40,23 @@ class Masking(Config):
     """Share of the predicted tokens replaced by a random token; what remains is kept as it is."""
     whole_word: bool = False
     """All tokens of a word are chosen together; a word that exceeds the row's number is passed over, as in BERT."""
+    spans: Annotated[int, ADDED] = Field(1, ge=1, le=10)
+    """Runs of 1 to this many words (tokens, unless `whole_word`) are chosen together, n of them with p(n) ~ 1/n."""
     random_from: Literal["regular", "all"] = "regular"
     """Random tokens are drawn from the ids that are not special (RoBERTa), or from the whole vocabulary (BERT)."""
+    predict_unknown: Annotated[bool, ADDED] = False
+    """[UNK] may be predicted, as in BERT's script."""
+    exclude: Annotated[tuple[Annotated[int, Field(ge=0)], ...], ADDED] = ()
+    """Ids that are treated like the special ones: never predicted, and not drawn where `random_from` is regular."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        if value not in VARIANTS:
+            raise ValueError(f"no masking is called '{value}'; known: {', '.join(VARIANTS)}")
+        return VARIANTS[value].model_dump()
 
     @model_validator(mode="after")
     def _fractions(self) -> Masking:
@@ -52,6 +71,17 @@ class Masking(Config):
         """P, the most predictions a row can hold."""
         most = math.ceil(self.rate * sequence_length - 1e-9)
         return min(self.max_predictions or most, sequence_length)
+
+
+BERT = Masking(random_from="all", predict_unknown=True)
+"""create_pretraining_data.py; with max_predictions=20 at 128 tokens, and whole_word=True for the whole-word models."""
+ROBERTA = Masking(number="stochastic")
+"""fairseq: the number of masks rounded at random, random tokens uniform over the ids that are not special."""
+MEGATRON = Masking(random_from="all", predict_unknown=True, whole_word=True, spans=3)
+"""Megatron-LM's `pretrain_bert.py`: runs of 1 to 3 whole words; ALBERT's script has the same defaults."""
+
+VARIANTS = {"bert": BERT, "roberta": ROBERTA, "megatron": MEGATRON}
+"""Name to settings; to change one of them, write them out."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,13 +99,34 @@ class MaskTables:
     replacements: np.ndarray
 
 
-def mask_tables(masking: Masking, mask_id: int, special: np.ndarray) -> MaskTables:
-    """Tables for a vocabulary with `special` ids (bool[V]); ConfigError when nothing is left to draw from."""
+def mask_tables(masking: Masking, mask_id: int, special: np.ndarray, unknown: int | None = None) -> MaskTables:
+    """Tables for a vocabulary with `special` ids (bool[V]), of which `unknown` is [UNK].
+
+    Raises:
+        ConfigError: an excluded id that the vocabulary lacks; nothing is left to predict or to draw from.
+    """
     ids = np.arange(len(special), dtype=np.int32)
-    regular = ids[~special]
-    if not len(regular):
-        raise ConfigError(f"masking: all {len(special)} ids of the vocabulary are special; nothing can be masked")
-    return MaskTables(mask_id, special, regular if masking.random_from == "regular" else ids)
+    outside = [i for i in masking.exclude if i >= len(ids)]
+    if outside:
+        raise ConfigError(f"masking.exclude: id {outside[0]} is outside the vocabulary of {len(ids)}; take it out")
+    excluded = np.isin(ids, masking.exclude)
+    never = special | excluded
+    regular = ids[~never]
+    if masking.predict_unknown and unknown is not None:
+        never[unknown] = excluded[unknown]
+    if never.all() or not len(regular):
+        why = f"all {len(ids)} ids of the vocabulary are special"
+        if masking.exclude:
+            why += f" or among the {len(masking.exclude)} of masking.exclude; exclude fewer"
+        raise ConfigError(f"masking: {why}; nothing can be masked")
+    return MaskTables(mask_id, never, regular if masking.random_from == "regular" else ids)
+
+
+def lost_share(masking: Masking, sequence_length: int) -> float:
+    """Share of the predictions that `rate` asks for in a full row and `max_predictions` cuts off; 0 if none."""
+    asked = masking.rate * sequence_length
+    asked = max(1.0, np.rint(asked)) if masking.number == "nearest" else asked
+    return float(max(0.0, 1 - masking.predictions(sequence_length) / asked))
 
 
 def mask_rows(
@@ -103,14 +154,17 @@ def mask_rows(
     """
     width = masking.predictions(tokens.shape[1])
     maskable = real & ~tables.special[tokens]
-    wanted = np.clip(np.rint(masking.rate * real.sum(1)).astype(np.int64), 1, width)
-    keys = _keys(bits.stream(seed, "mask-choice", epoch), examples, tokens.shape[1])
-    if masking.whole_word:
-        if word_start is None:
-            raise ConfigError("masking.whole_word = true needs the corpus's word-start flags")
-        chosen = _choose_words(keys, wanted, maskable, word_start)
+    wanted = _wanted(masking, seed, epoch, examples, real, width)
+    keys = random_order(bits.stream(seed, "mask-choice", epoch), examples, tokens.shape[1])
+    if masking.whole_word and word_start is None:
+        raise ConfigError("masking.whole_word = true needs the corpus's word-start flags")
+    if masking.spans > 1:
+        draws = bits.words(bits.stream(seed, "mask-span", epoch), examples, tokens.shape[1])
+        chosen = choose_spans(keys, draws, wanted, maskable, word_start if masking.whole_word else None, masking.spans)
+    elif masking.whole_word:
+        chosen = choose_words(keys, wanted, maskable, word_start)
     else:
-        chosen = _choose_tokens(keys, wanted, maskable, width)
+        chosen = choose_tokens(keys, wanted, maskable, width)
     row, position = np.nonzero(chosen)
     count = chosen.sum(1)
     slot = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
@@ -130,52 +184,13 @@ def mask_rows(
     return {"tokens": tokens, **out}
 
 
-def _keys(key: bits.Key, examples: np.ndarray, length: int) -> np.ndarray:
-    """uint64[R, T]: a random order of each row's positions; the low half is the position, so no two are equal."""
-    keys = bits.words(key, examples, length).astype(np.uint64)
-    keys <<= np.uint64(32)
-    keys |= np.arange(length, dtype=np.uint64)
-    return keys
-
-
-def _choose_tokens(keys: np.ndarray, wanted: np.ndarray, maskable: np.ndarray, width: int) -> np.ndarray:
-    """bool[R, T]: the `wanted` maskable positions of each row that come first in the random order."""
-    keys = np.where(maskable, keys, _NEVER)
-    if width < keys.shape[1]:
-        keys = np.partition(keys, width, axis=1)[:, :width]
-    keys = np.sort(keys, axis=1)
-    row, rank = np.nonzero((np.arange(keys.shape[1]) < wanted[:, None]) & (keys != _NEVER))
-    chosen = np.zeros(maskable.shape, bool)
-    chosen[row, (keys[row, rank] & np.uint64(0xFFFFFFFF)).astype(np.int64)] = True
-    return chosen
-
-
-def _choose_words(keys: np.ndarray, wanted: np.ndarray, maskable: np.ndarray, word_start: np.ndarray) -> np.ndarray:
-    """bool[R, T]: whole words in random order, each taken if the row's number still allows all its tokens."""
-    rows, length = maskable.shape
-    # a token that may not be chosen parts words: what follows it begins a new one
-    after_gap = np.ones_like(maskable)
-    after_gap[:, 1:] = ~maskable[:, :-1]
-    start = maskable & (word_start | after_gap)
-    number = np.cumsum(start, axis=1) - 1
-    row_base = length * np.arange(rows)[:, None]
-    size = np.bincount((number + row_base)[maskable], minlength=rows * length).reshape(rows, length)
-    keys = np.sort(np.where(start, keys, _NEVER), axis=1)
-    first = np.where(keys != _NEVER, keys & np.uint64(0xFFFFFFFF), 0).astype(np.int64)
-    word = np.take_along_axis(number, first, axis=1)
-    # the ranks lead, so that a step of the loop reads consecutive memory; what is no word never fits
-    size_by_rank = np.where(keys != _NEVER, np.take_along_axis(size, word, axis=1), length + 1).T.copy()
-    taken_by_rank = np.zeros((length, rows), bool)
-    left = wanted.copy()
-    for fits, this in zip(taken_by_rank, size_by_rank, strict=True):
-        np.less_equal(this, left, out=fits)
-        left -= this * fits
-        if not left.any():
-            break
-    taken = np.zeros((rows, length), bool)
-    rank, row = np.nonzero(taken_by_rank)
-    taken[row, word[row, rank]] = True
-    return maskable & np.take_along_axis(taken, number.clip(0), axis=1)
+def _wanted(masking: Masking, seed: int, epoch: int, examples: np.ndarray, real: np.ndarray, width: int) -> np.ndarray:
+    """int64[R]: the number of predictions of each row, at most `width`."""
+    asked = masking.rate * real.sum(1)
+    if masking.number == "nearest":
+        return np.clip(np.rint(asked).astype(np.int64), 1, width)
+    uniform = bits.words(bits.stream(seed, "mask-number", epoch), examples, 1)[:, 0] / 2.0**32
+    return np.minimum(np.floor(asked + uniform).astype(np.int64), width)
 
 
 def _hide(masking: Masking, tables: MaskTables, key: bits.Key, examples: np.ndarray, width: int) -> np.ndarray:

@@ -19,6 +19,7 @@ VERBS = {
     "benchmark": "measure a speed beside its peers",
     "launch_local": "start a command as several processes over loopback",
     "check_leak": "perturb single documents and see that nothing reaches any other",
+    "export": "write a model for transformers, NumPy or StableHLO, and prove it",
     "doctor": "versions, devices, storage, and what to install",
 }
 """Verb to its line of help; the code of `verb` is `bertgpt_jax/commands/verb.py`."""

@@ -29,32 +29,43 @@ def forward(
         layer: index -> the parameters of one layer.
         batch: see `numpy_reference.forward`.
     """
-    model, params = make_model(config, COMPUTE), {"params": top}
+    model, encoder = make_model(config, COMPUTE), config.kind == "bert"
     tokens = jnp.asarray(batch["tokens"])
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    encoder = config.kind == "bert"
+    inputs = (tokens, positions, jnp.asarray(batch["types"])) if encoder else (tokens, positions)
     mask = segment_mask(jnp.asarray(batch["attention"])) if encoder else causal_mask()
-    types = (jnp.asarray(batch["types"]),) if encoder else ()
-    step = jax.jit(lambda weights, x: Block(config).apply({"params": weights}, x, mask)[0])
+
+    @jax.jit
+    def embed(params: Params) -> jax.Array:
+        return model.apply({"params": params}, *inputs, method="embed")
+
+    @jax.jit
+    def step(params: Params, x: jax.Array) -> jax.Array:
+        return Block(config).apply({"params": params}, x, mask)[0]
+
+    @jax.jit
+    def head(params: Params, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        if not encoder:
+            x = model.apply({"params": params}, x, method="normalize")
+            return x, model.apply({"params": params}, x, method="logits"), None
+        logits = model.apply({"params": params}, x, positions, method="masked_logits")
+        pairs = config.next_sentence_head
+        return x, logits, model.apply({"params": params}, x, method="next_sentence_logits") if pairs else None
+
     with jax.default_matmul_precision("highest"):
-        hidden = [model.apply(params, tokens, positions, *types, method="embed")]
+        hidden = [embed(top)]
         for i in range(layers):
             hidden.append(step(layer(i), hidden[-1]))
-        next_logits = None
-        if encoder:
-            logits = model.apply(params, hidden[-1], positions, method="masked_logits")
-            loss = _mean_loss(logits, batch["labels"])
-            if config.next_sentence_head:
-                next_logits = model.apply(params, hidden[-1], method="next_sentence_logits")
-                loss += _mean_loss(next_logits, batch["next_labels"])
-        else:
-            hidden[-1] = model.apply(params, hidden[-1], method="normalize")
-            logits = model.apply(params, hidden[-1], method="logits")
-            loss = _mean_loss(logits[:, :-1], batch["labels"][:, 1:])
+        hidden[-1], logits, next_logits = head(top, hidden[-1])
+    if encoder:
+        loss = _mean_loss(logits, batch["labels"])
+        loss += 0.0 if next_logits is None else _mean_loss(next_logits, batch["next_labels"])
+    else:
+        loss = _mean_loss(logits[:, :-1], batch["labels"][:, 1:])
     next_logits = None if next_logits is None else np.asarray(next_logits)
     return Outputs([np.asarray(x) for x in hidden], np.asarray(logits), next_logits, loss)
 
 
 def _mean_loss(logits: jax.Array, labels: np.ndarray) -> float:
-    losses = np.asarray(cross_entropy(logits, jnp.maximum(jnp.asarray(labels), 0)), np.float64)
+    losses = np.asarray(jax.jit(cross_entropy)(logits, jnp.maximum(jnp.asarray(labels), 0)), np.float64)
     return float(losses[labels != IGNORED].mean())

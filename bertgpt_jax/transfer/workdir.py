@@ -14,7 +14,7 @@ from etils import epath
 from bertgpt_jax.config import build
 from bertgpt_jax.corpus.kinds import load_tokenizer
 from bertgpt_jax.corpus.tokenizer import Tokenizer
-from bertgpt_jax.errors import ConfigError, DataError, UsageError
+from bertgpt_jax.errors import ConfigError, DataError, StorageError, UsageError
 from bertgpt_jax.models.bert import BertConfig
 from bertgpt_jax.models.gpt import GptConfig
 from bertgpt_jax.training import checkpoint_files, storage
@@ -46,7 +46,15 @@ def open_workdir(workdir: epath.Path, which: str | int = "best") -> Source:
     leaves = {path: (dtype, tuple(shape)) for path, (dtype, shape) in saved.items()}
 
     def read(paths: Sequence[str]) -> dict[str, np.ndarray]:
-        arrays = read_arrays(workdir, meta, [PREFIX + path for path in paths])
+        try:
+            arrays = read_arrays(workdir, meta, [PREFIX + path for path in paths])
+        except (DataError, ConfigError, StorageError) as error:
+            if checkpoint_files.is_committed(workdir, meta["step"]):
+                raise
+            raise ConfigError(
+                f"{label}: the run that trains here removed this checkpoint while it was read; start again, or raise "
+                "execution.keep"
+            ) from error
         return {path.removeprefix(PREFIX): array for path, array in arrays.items()}
 
     return Source(config, tokenizer, leaves, read, label, meta["step"], meta)

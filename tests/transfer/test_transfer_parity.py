@@ -26,10 +26,9 @@ torch = pytest.importorskip("torch", reason="torch is not installed; pip install
 transformers = pytest.importorskip("transformers", reason="transformers is not installed; pip install -e '.[parity]'")
 pytestmark = pytest.mark.parity
 
-NAMES = (
-    *("bert", "bert_untied", "bert_masked", "bert_no_types", "roberta", "roberta_untied"),
-    *("gpt2", "gpt2_untied", "gpt1", "gpt1_untied"),
-)
+QUICK = ("bert", "roberta_untied", "gpt2_untied", "gpt1")
+REST = ("bert_untied", "bert_masked", "bert_no_types", "roberta", "gpt2", "gpt1_untied")
+NAMES = (*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in REST))
 
 
 def ours(source, batch):

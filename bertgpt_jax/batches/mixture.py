@@ -65,9 +65,10 @@ class Mixture:
     The rows of a batch are shuffled, so that a corpus does not always lie on the same devices.
 
     Args:
-        parts: by name, in the order of the weights; all of one split, sequence length and batch size.
+        parts: by name, in the order of the weights; all of one split and sequence length.
         weights: of the corpora from row 0 on.
         changes: (first row, weights from there on), in order.
+        batch_size: B; that of the parts counts for evaluation alone, whose batches are of one part each.
         seed: of the places of rows in a batch.
         epoch_rows: rows of an epoch of the mixture; by default those of an epoch of every corpus.
 
@@ -81,13 +82,14 @@ class Mixture:
         weights: Sequence[float],
         changes: Sequence[tuple[int, Sequence[float]]] = (),
         *,
+        batch_size: int,
         seed: int = 0,
         epoch_rows: int | None = None,
     ):
         first = next(iter(parts.values()))
         check_apart(first.examples.kind, "a mixture")
         self.parts, self.names, self.seed = dict(parts), list(parts), seed
-        self.split, self.sequence_length, self.batch_size = first.split, first.sequence_length, first.batch_size
+        self.split, self.sequence_length, self.batch_size = first.split, first.sequence_length, batch_size
         self._epoch_rows = epoch_rows
         self._firsts = np.array([0, *(row for row, _ in changes)], np.int64)
         self._weights = [tuple(map(float, w)) for w in (weights, *(w for _, w in changes))]
@@ -109,7 +111,7 @@ class Mixture:
     def fingerprint(self) -> str:
         """sha256 (hex) of all that batches depend on."""
         parts = [[name, part.fingerprint] for name, part in self.parts.items()]
-        return fingerprint([parts, self._firsts.tolist(), self._weights, self.seed])
+        return fingerprint([parts, self._firsts.tolist(), self._weights, self.batch_size, self.seed])
 
     def rows_per_epoch(self, epoch: int = 0) -> int:
         """Rows of an epoch of the mixture."""
@@ -154,10 +156,12 @@ class Mixture:
 
     def describe_at(self, numbers: np.ndarray) -> list[dict[str, Any]]:
         """`describe` of the rows of these numbers."""
-        rows = []
-        for c, number in zip(*self._deal(numbers), strict=True):
-            name = self.names[c]
-            rows += [{"corpus": name, **row} for row in self.parts[name].describe_at(np.array([number]))]
+        corpus, number = self._deal(numbers)
+        rows: list[dict[str, Any]] = [{} for _ in corpus]
+        for c in np.unique(corpus):
+            here = np.flatnonzero(corpus == c)
+            for i, row in zip(here, self.parts[self.names[c]].describe_at(number[here]), strict=True):
+                rows[i] = {"corpus": self.names[c], **row}
         return rows
 
     def _deal(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

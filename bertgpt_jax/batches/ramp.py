@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -94,6 +94,24 @@ class Ramp:
 
 def _value_at(changes: tuple[Change, ...], n: int) -> int:
     return [value for first, value in changes if first <= n][-1]
+
+
+def batch_ramp(sizes: Sequence[tuple[float, int]], sequence_length: int) -> tuple[Change, ...]:
+    """A ramp of the batch size whose changes are given in tokens, for configs.
+
+    GPT-3's grows from 32k tokens to the full batch over the first 4 to 12 billion (Brown et al. 2020, appendix B);
+    Megatron-LM's 175B script does it by `((0, 16), (2.4e9, 320), (4.8e9, 624), (7.2e9, 928), (9.6e9, 1232), (12e9,
+    1536))` at 2,048 tokens a row.
+
+    Args:
+        sizes: (tokens seen, rows of a batch from the next batch on), the first from 0 tokens on.
+    """
+    changes, tokens = [(0, sizes[0][1])], 0
+    for (_, size), (seen, following) in zip(sizes, sizes[1:], strict=False):
+        steps = math.ceil((seen - tokens) / (size * sequence_length))
+        tokens += steps * size * sequence_length
+        changes.append((changes[-1][0] + steps, following))
+    return tuple(changes)
 
 
 class Ramped:

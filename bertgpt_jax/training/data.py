@@ -41,7 +41,7 @@ def make_held_out(
         return make(corpus)
     having = {name: reader for name, reader in corpus.readers.items() if reader.split_tokens("held_out")}
     parts = {name: make(reader, name) for name, reader in (having or corpus.readers).items()}
-    return Mixture(parts, [1.0] * len(parts))
+    return Mixture(parts, [1.0] * len(parts), batch_size=config.stages[index].batch_size)
 
 
 def _dataset(
@@ -89,7 +89,8 @@ def _mix(config: RunConfig, index: int, parts: Mapping[str, Dataset], ramp: Ramp
             weights = change.weights
         else:
             changes.append((ramp.rows_before(change.from_step - start).get(length, 0), change.weights))
-    return Mixture(parts, weights, changes, seed=seed, epoch_rows=epoch_rows)
+    size = config.stages[index].batch_size
+    return Mixture(parts, weights, changes, batch_size=size, seed=seed, epoch_rows=epoch_rows)
 
 
 def check_enough(corpus: CorpusConfig | MixtureConfig, trains: Sequence[Ramped], steps: Sequence[int]) -> None:

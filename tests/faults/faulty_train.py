@@ -162,17 +162,17 @@ def settled() -> None:
 
 def bad_batch(n: int) -> None:
     """Batch `n` of a stage cannot be read by this process."""
-    from bertgpt_jax.batches.dataset import Dataset
+    from bertgpt_jax.batches.ramp import Ramped
     from bertgpt_jax.errors import DataError
 
-    real = Dataset.batch
+    real = Ramped.batch
 
-    def batch(self: Dataset, number: int, *args: Any) -> Any:
+    def batch(self: Ramped, number: int, *args: Any) -> Any:
         if number == n:
             raise DataError(f"batch {n} cannot be read")
         return real(self, number, *args)
 
-    Dataset.batch = batch
+    Ramped.batch = batch
 
 
 def main(faults: dict[str, Any], batch_log: Path, argv: list[str]) -> int:

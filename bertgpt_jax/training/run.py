@@ -65,7 +65,7 @@ def train(
         Diverged: too many updates in a row were not finite.
     """
     begun = time.perf_counter()
-    distributed.initialize(config.execution.distributed)
+    distributed.initialize(distributed.from_environment(config.execution.distributed))
     distributed.agree(_shared_facts(config) | {"workdir": workdir_text})
     workdir = storage.workdir_path(workdir_text)
     mesh = make_mesh(config.execution.mesh)
@@ -73,7 +73,7 @@ def train(
     processes.on_primary(storage.check_writable, workdir)
     if from_step is not None:
         processes.on_primary(read_meta, workdir, from_step)
-    processes.on_primary(resume.check_identity, workdir, {"config": resume.identity(config)}, allow_change)
+    processes.on_primary(resume.check_identity, workdir, {"config": resume.identity(config)}, allow_change, from_step)
     use_compilation_cache(config, workdir)
 
     corpus = open_run_corpus(config, workdir)
@@ -84,7 +84,7 @@ def train(
     check_enough(config.corpus, [stage.train for stage in stages], [stage.config.steps for stage in stages])
     identity = resume.run_identity(config, corpus.fingerprint, corpus.tokenizer.sha256)
     distributed.agree(identity)
-    changed = processes.on_primary(resume.check_identity, workdir, identity, allow_change)
+    changed = processes.on_primary(resume.check_identity, workdir, identity, allow_change, from_step)
     program = setup.make_program(config, mesh)
 
     with status.acquire(workdir), PreemptionGuard() as guard:
@@ -92,7 +92,8 @@ def train(
             write_description(workdir, config, identity, corpus)
         session = _Session(program, stages, corpus, workdir, identity, guard, from_step)
         for path, (old, new) in changed.items():
-            session.say(f"changed by --allow-change: {path}: {old!r} -> {new!r}")
+            why = "added" if resume.is_added(path, (old, new)) else "changed by --allow-change"
+            session.say(f"{why}: {path}: {old!r} -> {new!r}")
         return session.run(begun)
 
 

@@ -22,13 +22,16 @@ MAY_IMPORT = {
     "parallel": {"parallel", "nn", *BASE},
     "objectives": {"objectives", "models", "nn", "batches", "corpus", *BASE},
     "training": {"training", "evaluation", "parallel", "objectives", "models", "nn", "batches", "corpus", *BASE},
-    "transfer": {"transfer", "training", "parallel", "objectives", "models", "nn", "batches", "corpus", *BASE},
+    "generation": {"generation", "parallel", "models", "nn", "corpus", *BASE},
+    "transfer": {
+        *("transfer", "generation", "training", "parallel", "objectives", "models", "nn", "batches", "corpus", *BASE)
+    },
     "evaluation": {
         *("evaluation", "transfer", "training", "parallel", "objectives", "models", "nn", "batches", "corpus", *BASE)
     },
     "benchmarks": {
         *("benchmarks", "training", "evaluation", "parallel", "objectives", "models", "nn", "batches", "corpus", *BASE),
-        "transfer",
+        *("transfer", "generation"),
     },
 }
 """What a folder may import of our own package; `commands` may import everything and is imported by nobody."""
@@ -38,7 +41,7 @@ ONLY_IN = {
     "grain": ("batches/pipeline.py", "benchmarks/"),
     "jax": (
         *("nn/", "models/", "parallel/", "objectives/", "training/", "transfer/", "evaluation/", "commands/"),
-        *("benchmarks/", "shapes.py"),
+        *("benchmarks/", "generation/", "shapes.py"),
     ),
     "orbax": ("training/",),
     "tokenizers": ("corpus/", "transfer/hf_tokenizer.py"),

@@ -1,0 +1,239 @@
+"""Continues prompts of different lengths: prefill, then some tokens a call of one compiled loop, until all rows end."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from bertgpt_jax.errors import UsageError
+from bertgpt_jax.generation.decode import Decoder
+from bertgpt_jax.generation.sampling import Sampling, choose, row_keys
+from bertgpt_jax.parallel import sharding
+from bertgpt_jax.shapes import Array, PyTree
+
+COLUMNS = 32
+"""Prompts are padded to a multiple of this, caches too: few programs are compiled, and little is computed in vain."""
+
+TOKENS_A_CALL = 16
+"""Tokens between two looks at stop strings; the host's part of a call is shared by them."""
+
+
+class State(NamedTuple):
+    """Between two calls of the loop.
+
+    Attributes:
+        tokens_B: the last token of each row, not yet read by the model.
+        keys_B: a random key a row; the token with number n is drawn with the key folded with n.
+        seen_BV: bool, tokens each row has, for the repetition penalty; None without one.
+        done_B: bool, the row has drawn a stop token.
+        number: int32 [], tokens drawn so far.
+    """
+
+    tokens_B: Array
+    cache: PyTree
+    keys_B: Array
+    seen_BV: Array | None
+    done_B: Array
+    number: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Continuation:
+    """Continues token sequences.
+
+    Attributes:
+        decoder: of the model.
+        params: in the decoder's layout.
+        sampling: how tokens are chosen.
+        max_new: tokens to draw a row, at least 1.
+        stop_ids: tokens that end a row.
+        slide: when a row reaches the context's end, read its last half again and go on; otherwise refuse at once.
+        seed: of all draws.
+        tokens_a_call: see `TOKENS_A_CALL`; 1 shows every token as it comes.
+        mesh: of the parameters; rows are split over it as in training.
+    """
+
+    decoder: Decoder
+    params: PyTree
+    sampling: Sampling
+    max_new: int
+    stop_ids: tuple[int, ...] = ()
+    slide: bool = False
+    seed: int = 0
+    tokens_a_call: int = TOKENS_A_CALL
+    mesh: Mesh | None = None
+
+    def run(
+        self,
+        prompts: Sequence[Sequence[int]],
+        numbers: Sequence[int] | None = None,
+        watch: Callable[[int, list[int]], bool] | None = None,
+    ) -> list[list[int]]:
+        """The new tokens of each prompt, a stop token not included.
+
+        Args:
+            prompts: ids, at least one each.
+            numbers: of the rows among all that are asked for; draws depend on them (None: 0, 1, ...).
+            watch: (row, new tokens) -> whether the row shall end here; called as tokens come.
+
+        Raises:
+            UsageError: a prompt with its continuation is longer than the context, and `slide` is off.
+        """
+        self._check(prompts)
+        rows = len(prompts)
+        numbers = range(rows) if numbers is None else numbers
+        texts, new = [list(map(int, prompt)) for prompt in prompts], [[] for _ in prompts]
+        ended = [False] * rows
+        state, capacity, drawn = None, 0, 0
+        with contextlib.nullcontext() if self.mesh is None else sharding.mesh_context(self.mesh):
+            while drawn < self.max_new and not all(ended):
+                if capacity == 0:
+                    state, first, capacity = self._begin(texts, numbers, drawn)
+                    tokens_BN = first[:, None]
+                else:
+                    count = min(self.tokens_a_call, capacity, self.max_new - drawn)
+                    state, tokens_BN = self._advance(state, count)
+                    tokens_BN, capacity = tokens_BN[:rows], capacity - tokens_BN.shape[1]
+                drawn += tokens_BN.shape[1]
+                for row in range(rows):
+                    if not ended[row]:
+                        fresh, ended[row] = _until(tokens_BN[row], self.stop_ids)
+                        texts[row] += fresh
+                        new[row] += fresh
+                        if watch is not None and watch(row, fresh):
+                            ended[row] = True
+        return new
+
+    def _check(self, prompts: Sequence[Sequence[int]]) -> None:
+        longest = self.decoder.max_positions
+        for i, prompt in enumerate(prompts, start=1):
+            if len(prompt) + self.max_new - 1 > longest and not self.slide:
+                raise UsageError(
+                    f"prompt {i} has {len(prompt)} tokens, with {self.max_new} new ones more than the model's context "
+                    f"of {longest}; shorten it, ask for fewer, or let the context slide (--slide)"
+                )
+
+    def _begin(self, texts: list[list[int]], numbers: Sequence[int], drawn: int) -> tuple[State, np.ndarray, int]:
+        """Reads what the context holds of the texts: (state, first drawn token of each row, how many more fit)."""
+        limit = self.decoder.max_positions
+        read = [text if len(text) <= limit else text[-max(limit // 2, 1) :] for text in texts]
+        longest = max(map(len, read))
+        room = min(limit - longest, self.max_new - drawn - 1)
+        columns = _rounded(longest)
+        rows = self._padded(len(texts))
+        tokens_BT, starts_B = np.zeros((rows, columns), np.int32), np.zeros(rows, np.int32)
+        for row in range(rows):  # rows that only fill the mesh repeat the others
+            ids = read[row % len(read)]
+            starts_B[row] = columns - len(ids)
+            tokens_BT[row, starts_B[row] :] = ids
+        seen_BV = None
+        if self.sampling.remembers:
+            seen_BV = np.zeros((rows, self.decoder.vocab_size), bool)
+            for row in range(rows):
+                seen_BV[row, texts[row % len(texts)]] = True
+        state = _begin(
+            self.decoder,
+            self.sampling,
+            columns + _rounded(room),
+            self.params,
+            self._placed(tokens_BT),
+            self._placed(starts_B),
+            row_keys(self.seed, np.resize(np.array(numbers, np.uint32), rows)),
+            None if seen_BV is None else self._placed(seen_BV),
+            np.int32(drawn),
+            np.array(self.stop_ids, np.int32),
+        )
+        return state, np.asarray(state.tokens_B)[: len(texts)], room
+
+    def _advance(self, state: State, count: int) -> tuple[State, np.ndarray]:
+        """Draws up to `count` tokens a row, fewer if all rows end: (state, tokens [B, n])."""
+        before, stop_ids = int(state.number), np.array(self.stop_ids, np.int32)
+        state, tokens_BN = _advance(
+            self.decoder, self.sampling, self.tokens_a_call, self.params, state, np.int32(count), stop_ids
+        )
+        return state, np.asarray(tokens_BN)[:, : int(state.number) - before]
+
+    def _padded(self, rows: int) -> int:
+        """Rows of the arrays: a multiple of what the mesh divides them by."""
+        step = 1 if self.mesh is None else sharding.axis_size(self.mesh, sharding.ROWS[0])
+        return -(-rows // step) * step
+
+    def _placed(self, array: np.ndarray) -> Array:
+        return jnp.asarray(array) if self.mesh is None else jax.device_put(array, sharding.batch_sharding(self.mesh))
+
+
+def _rounded(columns: int) -> int:
+    return -(-columns // COLUMNS) * COLUMNS
+
+
+def _until(tokens: np.ndarray, stop_ids: Collection[int]) -> tuple[list[int], bool]:
+    """(tokens before the first stop token, whether there is one)."""
+    ids = tokens.tolist()
+    for i, token in enumerate(ids):
+        if token in stop_ids:
+            return ids[:i], True
+    return ids, False
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _begin(
+    decoder: Decoder,
+    sampling: Sampling,
+    slots: int,
+    params: PyTree,
+    tokens_BT: Array,
+    starts_B: Array,
+    keys_B: Array,
+    seen_BV: Array | None,
+    number: Array,
+    stop_ids: Array,
+) -> State:
+    logits_BV, cache = decoder.prefill(params, tokens_BT, starts_B, slots)
+    state = State(starts_B, cache, keys_B, seen_BV, jnp.zeros(starts_B.shape, bool), number)
+    return _drawn(state, logits_BV, cache, sampling, stop_ids)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+def _advance(
+    decoder: Decoder,
+    sampling: Sampling,
+    limit: int,
+    params: PyTree,
+    state: State,
+    count: Array,
+    stop_ids: Array,
+) -> tuple[State, Array]:
+    """`count` (at most `limit`) tokens of every row, fewer once all rows are done: (state, tokens [B, limit])."""
+    begun = state.number
+
+    def unfinished(carry: tuple[State, Array]) -> Array:
+        return (carry[0].number - begun < count) & ~jnp.all(carry[0].done_B)
+
+    def one(carry: tuple[State, Array]) -> tuple[State, Array]:
+        state, tokens_BN = carry
+        logits_BV, cache = decoder.step(params, state.tokens_B, state.cache)
+        after = _drawn(state, logits_BV, cache, sampling, stop_ids)
+        column = state.number - begun
+        return after, jax.lax.dynamic_update_slice(tokens_BN, after.tokens_B[:, None], (0, column))
+
+    tokens_BN = jnp.zeros((state.tokens_B.shape[0], limit), jnp.int32)
+    return jax.lax.while_loop(unfinished, one, (state, tokens_BN))
+
+
+def _drawn(state: State, logits_BV: Array, cache: PyTree, sampling: Sampling, stop_ids: Array) -> State:
+    """The state after drawing from `logits_BV`."""
+    keys_B = jax.vmap(jax.random.fold_in, (0, None))(state.keys_B, state.number)
+    tokens_B = choose(logits_BV, sampling, keys_B, state.seen_BV)
+    seen_BV = state.seen_BV
+    if seen_BV is not None:
+        seen_BV = seen_BV.at[jnp.arange(len(tokens_B)), tokens_B].set(True)
+    done_B = state.done_B | jnp.any(tokens_B[:, None] == stop_ids[None], -1)
+    return State(tokens_B, cache, state.keys_B, seen_BV, done_B, state.number + 1)

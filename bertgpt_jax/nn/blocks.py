@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Annotated, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from pydantic import Field, model_validator
 
 from bertgpt_jax.config import Config
-from bertgpt_jax.nn.attention import KeyValues, dot_product_attention
+from bertgpt_jax.nn.attention import REFERENCE, KeyValues, PathChoice, dot_product_attention
 from bertgpt_jax.nn.layers import Einsum, Initializer, LayerNorm, activation, constrain, dropout, dropout_key
 from bertgpt_jax.nn.masks import AttentionMask
 from bertgpt_jax.shapes import Array, Hidden, Params
@@ -55,23 +57,42 @@ class BlockConfig(Config):
         return nn.initializers.truncated_normal(std)  # cut at two standard deviations, as TensorFlow's
 
 
+BLOCK_INPUT = "block_input"
+"""Name of the array that the remat policy `offload` keeps."""
+
+
 class ComputeConfig(Config):
     """How a model is computed; nothing here changes what is trained beyond rounding."""
 
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="of activations and matmuls; parameters, norms, softmax and loss stay fp32"
     )
-    attention: Literal["auto", "reference"] = "auto"
-    remat: Literal["none", "dots", "full"] = Field(
-        default="none", description="what the backward pass recomputes: nothing, all but matmul results, everything"
+    attention: Literal["auto", "reference", "splash", "cudnn"] = Field(
+        default="auto", description="auto: the platform's fastest path that can serve; another one must serve"
     )
-    unroll_layers: bool | None = Field(
-        default=None, description="one loop body a layer instead of a scan: None unrolls everywhere but on TPU"
+    remat: Literal["none", "gelu", "dots", "offload", "full"] = Field(
+        default="none",
+        description="what the backward pass recomputes: nothing, activation functions, all but matmul results, "
+        "everything from each layer's input (offload: which waits in host memory), everything",
+    )
+    unroll_layers: bool | Annotated[int, Field(ge=1)] | None = Field(
+        default=None,
+        description="one loop body a layer instead of a scan; a number: so many layers a body; "
+        "null unrolls everywhere but on TPU, where scanning saves most of the compile time",
+    )
+    platform: Literal["cpu", "gpu", "tpu"] | None = Field(
+        default=None, description="compiled for; null: the one jax runs on"
     )
 
-    def unrolled(self) -> bool:
-        """Whether the layer stack is unrolled on this platform (performance: scanning saves compile time on TPU)."""
-        return jax.default_backend() != "tpu" if self.unroll_layers is None else self.unroll_layers
+    def compiled_for(self) -> str:
+        """cpu, gpu or tpu."""
+        backend = self.platform or jax.default_backend()
+        return "gpu" if backend in ("cuda", "rocm") else backend
+
+    def layers_per_body(self, num_layers: int) -> int:
+        """Layers of one body of the loop over layers."""
+        unroll = self.compiled_for() != "tpu" if self.unroll_layers is None else self.unroll_layers
+        return (num_layers if unroll else 1) if isinstance(unroll, bool) else min(unroll, num_layers)
 
 
 class Attention(nn.Module):
@@ -82,6 +103,7 @@ class Attention(nn.Module):
     """
 
     config: BlockConfig
+    choice: PathChoice = REFERENCE
 
     @nn.compact
     def __call__(
@@ -99,15 +121,23 @@ class Attention(nn.Module):
             if cache is not None:
                 cache = cache.extended(k_BSNH, v_BSNH, slot)
                 k_BSNH, v_BSNH = (x_BNSH.swapaxes(1, 2) for x_BNSH in cache)
-            o_BTNH = dot_product_attention(q_BTNH, k_BSNH, v_BSNH, mask, c.attention_dropout, dropout_key(self))
+            rate, key = c.attention_dropout, dropout_key(self)
+            o_BTNH = dot_product_attention(q_BTNH, k_BSNH, v_BSNH, mask, rate, key, self.choice)
             shape, axes = (c.num_heads, c.head_size, c.hidden_size), ("heads", "head_dim", "embed")
             return Einsum("BTNH,NHD->BTD", shape, axes, c.weight_init(residual=True), name="output")(o_BTNH), cache
 
 
 class FeedForward(nn.Module):
-    """Two linear maps with a nonlinearity between (Vaswani et al. 2017, eq. 2)."""
+    """Two linear maps with a nonlinearity between (Vaswani et al. 2017, eq. 2).
+
+    Attributes:
+        recompute_activation: in the backward pass, instead of keeping its result.
+        prevent_cse: keeps the compiler from undoing that; not needed inside a loop.
+    """
 
     config: BlockConfig
+    recompute_activation: bool = False
+    prevent_cse: bool = True
 
     @nn.compact
     def __call__(self, x_BTD: Hidden) -> Hidden:
@@ -115,22 +145,30 @@ class FeedForward(nn.Module):
         d, f = c.hidden_size, c.intermediate_size
         with jax.named_scope("feed_forward"):
             h_BTF = Einsum("BTD,DF->BTF", (d, f), ("embed", "mlp"), c.weight_init(), name="up")(x_BTD)
-            h_BTF = activation(c.activation)(constrain(h_BTF, "batch", "length", "act_mlp"))
-            init = c.weight_init(residual=True)
-            return Einsum("BTF,FD->BTD", (f, d), ("mlp", "embed"), init, name="down")(h_BTF)
+            h_BTF = constrain(h_BTF, "batch", "length", "act_mlp")
+            # The activation belongs to the second map, so that recomputing both (the map's own product is not needed
+            # again) leaves h_BTF alone in memory; as two functions, the activated array would be kept for the kernel.
+            down = nn.remat(Einsum, prevent_cse=self.prevent_cse) if self.recompute_activation else Einsum
+            init, before = c.weight_init(residual=True), activation(c.activation)
+            return down("BTF,FD->BTD", (f, d), ("mlp", "embed"), init, before=before, name="down")(h_BTF)
 
 
 class Block(nn.Module):
     """Attention and feed-forward, each with dropout, residual and norm: after the sum (post) or before it (pre)."""
 
     config: BlockConfig
+    choice: PathChoice = REFERENCE
+    recompute_activation: bool = False
+    prevent_cse: bool = True
 
     @nn.compact
     def __call__(
         self, x_BTD: Hidden, mask: AttentionMask, cache: KeyValues | None = None, slot: Array | None = None
     ) -> tuple[Hidden, KeyValues | None]:
         c = self.config
-        attention, feed_forward = Attention(c, name="attention"), FeedForward(c, name="feed_forward")
+        x_BTD = checkpoint_name(x_BTD, BLOCK_INPUT)
+        attention = Attention(c, self.choice, name="attention")
+        feed_forward = FeedForward(c, self.recompute_activation, self.prevent_cse, name="feed_forward")
         attention_norm = LayerNorm(c.hidden_size, c.norm_eps, name="attention_norm")
         feed_forward_norm = LayerNorm(c.hidden_size, c.norm_eps, name="feed_forward_norm")
 
@@ -151,20 +189,35 @@ def layer_stack(config: BlockConfig, compute: ComputeConfig) -> nn.Module:
 
     Scanned or unrolled, and whatever is recomputed, the parameters and the function are the same.
     """
-    block = Block
-    if compute.remat != "none":
-        policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
-        block = nn.remat(Block, prevent_cse=compute.unrolled(), policy=policies[compute.remat])
+    block, unroll = Block, compute.layers_per_body(config.num_layers)
+    if compute.remat not in ("none", "gelu"):
+        block = nn.remat(Block, prevent_cse=unroll > 1, policy=remat_policy(compute.remat))
     scan = nn.scan(
         block,
         variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=nn.broadcast,
         length=config.num_layers,
-        unroll=config.num_layers if compute.unrolled() else 1,
+        unroll=unroll,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
-    return scan(config)
+    choice = PathChoice(compute.attention, compute.compiled_for())
+    return scan(config, choice, recompute_activation=compute.remat == "gelu", prevent_cse=unroll > 1)
+
+
+def remat_policy(name: str) -> Callable | None:
+    """What the backward pass of a recomputed block may keep, by its name in `ComputeConfig.remat`."""
+    policies = jax.checkpoint_policies
+    return {
+        "dots": policies.dots_with_no_batch_dims_saveable,
+        "offload": policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[BLOCK_INPUT],
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
+        "full": None,
+    }[name]
 
 
 def unstack(stacked: Params) -> tuple[Params, ...]:

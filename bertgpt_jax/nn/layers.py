@@ -31,6 +31,7 @@ class Einsum(nn.Module):
         axes: logical name of each kernel dimension.
         kernel_init: kernel initializer (a field called `init` would hide `Module.init`).
         use_bias: adds a zero-initialised bias over the kernel's dimensions that reach the output.
+        before: applied to x first.
     """
 
     equation: str
@@ -38,9 +39,11 @@ class Einsum(nn.Module):
     axes: tuple[str, ...]
     kernel_init: Initializer
     use_bias: bool = True
+    before: Callable[[Array], Array] | None = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        x = x if self.before is None else self.before(x)
         init = nn.with_logical_partitioning(self.kernel_init, self.axes)
         kernel = self.param("kernel", init, self.shape, jnp.float32)
         letters = self.equation.replace("->", ",").split(",")
@@ -143,7 +146,24 @@ def dropout_key(module: nn.Module) -> Array | None:
     return module.make_rng("dropout") if module.has_rng("dropout") else None
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gelu(x: Array, approximate: bool) -> Array:
+    """x Phi(x) (Hendrycks & Gimpel 2016), or its tanh approximation; saves x alone for the gradient."""
+    return jax.nn.gelu(x, approximate=approximate)
+
+
+def _gelu_forward(x: Array, approximate: bool) -> tuple[Array, Array]:
+    return gelu(x, approximate), x
+
+
+def _gelu_backward(approximate: bool, x: Array, dy: Array) -> tuple[Array]:
+    return jax.vjp(partial(jax.nn.gelu, approximate=approximate), x)[1](dy)
+
+
+gelu.defvjp(_gelu_forward, _gelu_backward)
+
+
 def activation(name: str) -> Callable[[Array], Array]:
     """`gelu` (erf, Hendrycks & Gimpel 2016), `gelu_tanh` (its approximation: GPT-2, BERT since 2019-02) or `relu`."""
-    table = {"gelu": partial(jax.nn.gelu, approximate=False), "gelu_tanh": jax.nn.gelu, "relu": jax.nn.relu}
-    return table[name]
+    table = {"gelu": partial(gelu, approximate=False), "gelu_tanh": partial(gelu, approximate=True)}
+    return (table | {"relu": jax.nn.relu})[name]

@@ -18,6 +18,8 @@ class AttentionMask:
         prefix_B: keys at positions below this are visible even to earlier queries (prefix LM).
         q_segments_BT, kv_segments_BS: equal ids attend to each other; padding is id 0, and so attends to padding.
         q_positions_BT, kv_positions_BS: what `causal`, `window` and `prefix_B` compare; array indices when absent.
+        lengths_B: the segments say no more than that the first so many tokens of each row are real; kernels that take
+            lengths read this instead.
         allowed_BNTS: any explicit boolean array broadcastable to [B, N, T, S] (permutation language models).
     """
 
@@ -26,6 +28,7 @@ class AttentionMask:
     q_positions_BT: Array | None = None
     kv_positions_BS: Array | None = None
     prefix_B: Array | None = None
+    lengths_B: Array | None = None
     allowed_BNTS: Array | None = None
     causal: bool = flax.struct.field(pytree_node=False, default=False)
     window: int | None = flax.struct.field(pytree_node=False, default=None)
@@ -63,6 +66,11 @@ def causal_mask(segments_BT: Array | None = None) -> AttentionMask:
     return AttentionMask(causal=True, q_segments_BT=segments_BT, kv_segments_BS=segments_BT)
 
 
-def segment_mask(segments_BT: Array) -> AttentionMask:
-    """Bidirectional attention inside each segment id; id 0 is padding."""
-    return AttentionMask(q_segments_BT=segments_BT, kv_segments_BS=segments_BT)
+def segment_mask(segments_BT: Array, packed: bool = True) -> AttentionMask:
+    """Bidirectional attention inside each segment id; id 0 is padding.
+
+    Args:
+        packed: a row may hold several segments; else it is one, with padding behind it.
+    """
+    lengths_B = None if packed else jnp.sum(segments_BT > 0, axis=1, dtype=jnp.int32)
+    return AttentionMask(q_segments_BT=segments_BT, kv_segments_BS=segments_BT, lengths_B=lengths_B)

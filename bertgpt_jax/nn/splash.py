@@ -26,12 +26,15 @@ HEAD_SIZES = (64, 128, 256)
 """Head widths that compile; at 64 half of every vector register is empty."""
 
 
-def obstacles(q_shape: tuple[int, ...], kv_length: int, mask: AttentionMask, dropout: bool) -> list[str]:
+def obstacles(
+    q_shape: tuple[int, ...], kv_length: int, dtype: jnp.dtype, mask: AttentionMask, dropping: bool
+) -> list[str]:
     """Why the kernel cannot serve these shapes and this mask; empty if it can.
 
     Args:
         q_shape: (B, T, N, H).
-        dropout: attention probabilities are to be dropped.
+        dtype: of queries, keys and values; fp32 and bf16 both serve.
+        dropping: attention probabilities are dropped.
     """
     _, length, _, head_size = q_shape
     found = []
@@ -39,7 +42,7 @@ def obstacles(q_shape: tuple[int, ...], kv_length: int, mask: AttentionMask, dro
         found.append(f"lengths {length} and {kv_length} are not multiples of {LANES}")
     if head_size not in HEAD_SIZES:
         found.append(f"head width {head_size} is none of {HEAD_SIZES}")
-    if dropout:
+    if dropping:
         found.append("it has no dropout of attention probabilities (set model.attention_dropout=0)")
     if mask.allowed_BNTS is not None or mask.prefix_B is not None:
         found.append("the mask is an explicit array or has a prefix")

@@ -54,7 +54,7 @@ class MaskedLM(Config):
 
     def model_inputs(self, batch: Batch) -> tuple:
         """Positional arguments of the model's `__call__`."""
-        return masked_inputs(batch)
+        return masked_inputs(batch, isinstance(self.examples, PackedDocuments))
 
     def loss(self, model: Any, params: Params, batch: Batch, carry: Any, key: Array | None) -> Sums:
         """Summed cross-entropy and accuracy over the masked positions."""
@@ -77,9 +77,13 @@ def abstract_masked_batch(masking: Masking, rows: int, length: int) -> dict[str,
     }
 
 
-def masked_inputs(batch: Batch) -> tuple:
-    """`Bert.__call__` arguments of a masked batch; `types` and `cls_positions` may be absent."""
-    types, pairs, mask = batch.get("types"), batch.get("cls_positions"), segment_mask(batch["segments"])
+def masked_inputs(batch: Batch, packed: bool) -> tuple:
+    """`Bert.__call__` arguments of a masked batch; `types` and `cls_positions` may be absent.
+
+    Args:
+        packed: rows may hold several segments.
+    """
+    types, pairs, mask = batch.get("types"), batch.get("cls_positions"), segment_mask(batch["segments"], packed)
     return batch["tokens"], batch["positions"], types, mask, batch["mask_positions"], pairs
 
 

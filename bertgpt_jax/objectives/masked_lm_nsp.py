@@ -1,4 +1,5 @@
-"""BERT's objective (Devlin et al. 2019, section 3.1): masked tokens plus whether sentence B follows A."""
+"""Masked tokens plus a label a pair: whether B follows A (Devlin et al. 2019, section 3.1), or whether the two are
+swapped (ALBERT: Lan et al. 2020, section 3.1), as `examples.task` says."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from bertgpt_jax.shapes import Array, Params
 
 
 class MaskedLMNSP(Config):
-    """Batch: that of `MaskedLM` plus int32 `types` [B, T], `next_labels` [B] (1 = random) and fp32 `next_weights` [B].
+    """Batch: that of `MaskedLM` plus int32 `types` [B, T], `next_labels` [B] (1 = random or swapped) and fp32
+    `next_weights` [B].
 
     Packed pairs have labels and weights [B, K], and int32 `cls_positions` [B, K], where each pair begins.
     The masked loss is divided by the masked positions of the whole batch (the original on TPU averages per-core means).
@@ -31,17 +33,22 @@ class MaskedLMNSP(Config):
     masked_coefficient: float = Field(default=1.0, gt=0)
     next_coefficient: float = Field(default=1.0, gt=0)
 
+    @property
+    def pair_part(self) -> str:
+        """Name of the pairs' part: `nsp` (next sentence) or `sop` (sentence order)."""
+        return "nsp" if self.examples.task == "next_sentence" else "sop"
+
     def coefficients(self) -> dict[str, float]:
-        """Parts `mlm` and `nsp`; the paper adds them."""
-        return {"mlm": self.masked_coefficient, "nsp": self.next_coefficient}
+        """Parts `mlm` and `nsp` or `sop`; the papers add them."""
+        return {"mlm": self.masked_coefficient, self.pair_part: self.next_coefficient}
 
     def metric_parts(self) -> dict[str, str]:
         """Accuracies are over masked positions and over pairs."""
-        return {"mlm_accuracy": "mlm", "nsp_accuracy": "nsp"}
+        return {"mlm_accuracy": "mlm", f"{self.pair_part}_accuracy": self.pair_part}
 
     def weights(self, batch: Batch) -> dict[str, Array]:
         """Masked positions and pairs."""
-        return {"mlm": jnp.sum(batch["mask_weights"]), "nsp": jnp.sum(batch["next_weights"])}
+        return {"mlm": jnp.sum(batch["mask_weights"]), self.pair_part: jnp.sum(batch["next_weights"])}
 
     def scored_share(self, sequence_length: int) -> float:
         """Share of positions that reach the vocabulary head."""
@@ -59,7 +66,7 @@ class MaskedLMNSP(Config):
 
     def model_inputs(self, batch: Batch) -> tuple:
         """Positional arguments of the model's `__call__`."""
-        return masked_inputs(batch)
+        return masked_inputs(batch, isinstance(self.examples, PackedPairs))
 
     def loss(self, model: Any, params: Params, batch: Batch, carry: Any, key: Array | None) -> Sums:
         """Summed cross-entropies and accuracies of both parts."""
@@ -68,5 +75,5 @@ class MaskedLMNSP(Config):
         labels, weights = batch["next_labels"], batch["next_weights"]
         next_loss = jnp.sum(cross_entropy(following, labels) * weights)
         next_right = jnp.sum(is_best(following, labels) * weights)
-        metrics = {"mlm_accuracy": right, "nsp_accuracy": next_right}
-        return Sums({"mlm": loss, "nsp": next_loss}, metrics, carry)
+        metrics = {"mlm_accuracy": right, f"{self.pair_part}_accuracy": next_right}
+        return Sums({"mlm": loss, self.pair_part: next_loss}, metrics, carry)

@@ -65,7 +65,15 @@ def reference(params):
 
 @pytest.mark.parametrize(
     ("norm", "remat", "unroll"),
-    [("post", "none", True), ("post", "dots", False), ("post", "full", False), ("pre", "full", True)],
+    [
+        ("post", "none", True),
+        ("post", "dots", False),
+        ("post", "full", False),
+        ("pre", "full", True),
+        ("post", "gelu", False),
+        ("pre", "offload", False),
+        ("pre", "gelu", 2),
+    ],
 )
 def test_recomputed_and_unrolled_stacks_are_the_same_function(reference, params, norm, remat, unroll) -> None:
     """Dropout on: its masks must not depend on either."""
@@ -87,8 +95,8 @@ def test_remat_recomputes(params, unroll: bool) -> None:
 
         return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(residuals, params, hidden())))
 
-    none, dots, full = (saved(remat) for remat in ("none", "dots", "full"))
-    assert full < dots < none
+    none, gelu, dots, full = (saved(remat) for remat in ("none", "gelu", "dots", "full"))
+    assert full < dots < gelu < none, (full, dots, gelu, none)
 
 
 def test_unstack_and_stack_are_inverse(params) -> None:

@@ -43,7 +43,7 @@ def _masks() -> dict[str, AttentionMask]:
 def test_equals_the_reference(name: str) -> None:
     *qkv, g = _inputs()
     mask = _masks()[name]
-    assert obstacles(qkv[0].shape, LENGTH, mask, dropout=False) == []
+    assert obstacles(qkv[0].shape, LENGTH, jnp.float32, mask, dropping=False) == []
 
     def loss(attention, q, k, v):
         out = attention(q, k, v, mask)
@@ -82,5 +82,5 @@ def test_on_a_mesh_each_device_computes_its_rows_and_heads() -> None:
     ],
 )
 def test_what_it_cannot_serve(shape: tuple, kv_length: int, mask: AttentionMask, dropout: bool, word: str) -> None:
-    found = obstacles(shape, kv_length, mask, dropout)
+    found = obstacles(shape, kv_length, jnp.float32, mask, dropout)
     assert len(found) == 1 and word in found[0]

@@ -1,0 +1,64 @@
+"""Attention by cuDNN's fused kernels on NVIDIA GPUs, through `jax.nn.dot_product_attention` (implementation="cudnn").
+
+It must be asked for by name: without one jax always takes XLA. Padding is told as lengths, since a boolean mask makes
+cuDNN read a [T, S] bias. What is not public in jax (segments of packed rows, dropout) is left to the reference path.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from bertgpt_jax.nn.masks import AttentionMask
+from bertgpt_jax.shapes import Heads
+
+
+def obstacles(
+    q_shape: tuple[int, ...], kv_length: int, dtype: jnp.dtype, mask: AttentionMask, dropping: bool
+) -> list[str]:
+    """Why the kernels cannot serve these shapes and this mask; empty if they can.
+
+    Args:
+        q_shape: (B, T, N, H).
+        dropping: attention probabilities are dropped.
+    """
+    head_size = q_shape[3]
+    found = []
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+        found.append(
+            f"dtype {jnp.dtype(dtype).name} is none of bfloat16, float16 (set execution.compute.dtype=bfloat16)"
+        )
+    if head_size % 8 or head_size > 128:
+        found.append(f"head width {head_size} is no multiple of 8 up to 128")
+    if q_shape[1] % 2 or kv_length % 2:
+        found.append(f"lengths {q_shape[1]} and {kv_length} are not even")
+    if dropping:
+        found.append("jax has no public dropout of attention probabilities there (set model.attention_dropout=0)")
+    if mask.allowed_BNTS is not None or mask.prefix_B is not None:
+        found.append("the mask is an explicit array or has a prefix")
+    if mask.q_positions_BT is not None or mask.kv_positions_BS is not None:
+        found.append("the mask compares given positions, not places in the row")
+    if mask.q_segments_BT is not None and mask.lengths_B is None:
+        found.append("rows hold several segments, and jax has no public way to tell cuDNN")
+    if mask.window is not None and not mask.causal:
+        found.append("the window looks both ways")
+    if mask.causal and q_shape[1] != kv_length:
+        found.append(f"causal attention of {q_shape[1]} queries to {kv_length} keys")
+    return found
+
+
+def cudnn_attention(q_BTNH: Heads, k_BSNH: Heads, v_BSNH: Heads, mask: AttentionMask) -> Heads:
+    """softmax(q k^T / sqrt(H)) v under `mask`, result in q's dtype; call it where `obstacles` finds none.
+
+    Rows of `mask.lengths_B` real tokens: queries beyond them yield zeros.
+    """
+    return jax.nn.dot_product_attention(
+        q_BTNH,
+        k_BSNH,
+        v_BSNH,
+        is_causal=mask.causal,
+        query_seq_lengths=mask.lengths_B,
+        key_value_seq_lengths=mask.lengths_B,
+        local_window_size=None if mask.window is None else (mask.window - 1, 0),
+        implementation="cudnn",
+    )

@@ -1,0 +1,95 @@
+"""Which attention path is taken, and that a wanted one that cannot serve is refused with all its reasons."""
+
+from __future__ import annotations
+
+import logging
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from bertgpt_jax.errors import ConfigError
+from bertgpt_jax.nn import attention
+from bertgpt_jax.nn.attention import PathChoice, choose_path, dot_product_attention
+from bertgpt_jax.nn.masks import AttentionMask, causal_mask, segment_mask
+
+SHAPE = (2, 128, 4, 64)
+SEGMENTS = jnp.ones((2, 128), jnp.int32)
+
+
+def choose(wanted: str, platform: str, mask: AttentionMask, dtype: str = "bfloat16", dropping: bool = False) -> str:
+    return choose_path(PathChoice(wanted, platform), SHAPE, 128, jnp.dtype(dtype), mask, dropping)
+
+
+@pytest.mark.parametrize(
+    ("platform", "mask", "dtype", "dropping", "path"),
+    [
+        ("cpu", causal_mask(), "float32", False, "reference"),
+        ("tpu", causal_mask(), "float32", False, "splash"),
+        ("tpu", segment_mask(SEGMENTS), "bfloat16", False, "splash"),
+        ("tpu", causal_mask(), "bfloat16", True, "reference"),
+        ("gpu", causal_mask(), "bfloat16", False, "cudnn"),
+        ("gpu", causal_mask(), "float32", False, "reference"),
+        ("gpu", segment_mask(SEGMENTS, packed=False), "bfloat16", False, "cudnn"),
+        ("gpu", segment_mask(SEGMENTS), "bfloat16", False, "reference"),
+        ("gpu", AttentionMask(window=8), "bfloat16", False, "reference"),
+        ("gpu", AttentionMask(causal=True, window=8), "bfloat16", False, "cudnn"),
+    ],
+)
+def test_auto(platform: str, mask: AttentionMask, dtype: str, dropping: bool, path: str) -> None:
+    assert choose("auto", platform, mask, dtype, dropping) == path
+    assert choose("reference", platform, mask, dtype, dropping) == "reference"
+
+
+def test_auto_says_once_what_and_why(caplog: pytest.LogCaptureFixture) -> None:
+    attention._say_once.cache_clear()
+    with caplog.at_level(logging.INFO):
+        for _ in range(3):
+            choose("auto", "gpu", causal_mask(), "float32")
+    assert caplog.messages == [
+        "attention (128 x 128, 4 heads of 64, float32): reference, as cudnn cannot serve: dtype float32 is none of "
+        "bfloat16, float16 (set execution.compute.dtype=bfloat16)"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "platform", "words"),
+    [
+        ("splash", "cpu", ["it runs on tpu, not on cpu", "no dropout"]),
+        ("cudnn", "tpu", ["it runs on gpu, not on tpu", "several segments", "no public dropout"]),
+        ("cudnn", "gpu", ["several segments", "no public dropout"]),
+    ],
+)
+def test_a_wanted_path_that_cannot_serve(wanted: str, platform: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        choose(wanted, platform, segment_mask(SEGMENTS), dropping=True)
+    assert all(word in str(caught.value) for word in (f"'{wanted}' cannot serve 128 x 128", *words))
+
+
+@pytest.mark.parametrize(
+    ("mask", "width"),
+    [
+        (causal_mask(), 64),
+        (causal_mask(), 128),
+        (AttentionMask(causal=True, window=8), 64),
+        (segment_mask(SEGMENTS, packed=False), 64),
+    ],
+)
+def test_cudnn_is_in_the_program_for_a_gpu(mask: AttentionMask, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lowered for CUDA without one: a fused forward and a fused backward, no softmax by XLA."""
+    from jax._src.cudnn import fused_attention_stablehlo as private  # asks the live GPU for its capability
+
+    monkeypatch.setattr(private, "check_compute_capability", lambda *_: True)
+    monkeypatch.setattr(private, "check_cudnn_version", lambda *_: 92000)
+    monkeypatch.setattr(private, "is_cuda_compute_capability_equal", lambda *_: False)
+    x = jax.ShapeDtypeStruct((2, 128, 4, width), jnp.bfloat16)
+    choice = PathChoice("cudnn", "gpu")
+
+    def loss(q, k, v):
+        return jnp.sum(dot_product_attention(q, k, v, mask, choice=choice).astype(jnp.float32))
+
+    text = jax.jit(jax.grad(loss, (0, 1, 2))).trace(x, x, x).lower(lowering_platforms=("cuda",)).as_text()
+    calls = re.findall(r"custom_call @(__cudnn\$fmha\w+)", text)
+    assert sorted(calls) == ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"], calls
+    assert "stablehlo.exponential" not in text

@@ -3,8 +3,11 @@
 The algorithm is `create_instances_from_document` of google-research/bert `create_pretraining_data.py`, over lengths
 only: sentences are gathered into a chunk up to the document's target length, cut into A and B, and in half of the
 chunks B is replaced by sentences of another document; the sentences it replaces are put back and begin the next chunk.
-Since a chunk of one sentence always gets a random B, more than half of all pairs are random (54-61%, by the length of
-the documents).
+
+More than half of all pairs are random (54-61%, by the length of the documents): a chunk of one sentence has nothing to
+follow it and always gets a random B. Such a chunk is a sentence as long as the target, or the last of its document, and
+putting back makes last ones more frequent: behind a random B the rest of the chunk starts anew, down to one sentence.
+`pair_counts.py` counts both kinds; the rate is (alone + random_fraction * (pairs - alone)) / pairs.
 
 What differs from the original: random documents come from the same window (another document, if the window has two),
 and the draws of a chunk belong to the sentence it starts with. So a chunk is a function of its first sentence, all are
@@ -15,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import Field
@@ -23,7 +26,7 @@ from pydantic import Field
 from bertgpt_jax.batches import bits
 from bertgpt_jax.batches.index import PLANS_KEPT, RowIndex, document_windows
 from bertgpt_jax.batches.windows import positions
-from bertgpt_jax.config import Config
+from bertgpt_jax.config import ADDED, Config
 from bertgpt_jax.corpus.view import SENTENCE_START, WORD_START, Corpus
 from bertgpt_jax.errors import DataError
 
@@ -31,13 +34,17 @@ MIN_LENGTH = 16
 
 
 class SentencePairs(Config):
-    """[CLS] A [SEP] B [SEP] with B the next sentences or random ones (Devlin et al. 2019, appendix A.2)."""
+    """[CLS] A [SEP] B [SEP] with B the next sentences or random ones (Devlin et al. 2019, appendix A.2), or A and B in
+    either order (Lan et al. 2020, section 3.1). Rows without such a task are `full_documents` and its relatives, with
+    the objective `masked_lm`."""
 
     kind: Literal["sentence_pairs"] = "sentence_pairs"
+    task: Annotated[Literal["next_sentence", "sentence_order"], ADDED] = "next_sentence"
+    """What the label 1 says: B is random; or A and B, which follow one another in the text, are swapped."""
     short_fraction: float = Field(0.1, ge=0, le=1)
     """Share of documents, drawn anew every epoch, whose target length is uniform in 2..T-3 instead of T-3."""
     random_fraction: float = Field(0.5, ge=0, le=1)
-    """Share of the chunks of two sentences or more whose B is random."""
+    """Share of the chunks of two sentences or more whose B is random, or which are swapped."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +74,9 @@ class PairPlan:
     Attributes:
         base: global coordinate that starts count from.
         start, length: int32[R, 2], tokens of A and of B.
-        random: bool[R], B is no continuation of A.
+        random: bool[R], the label: B is random, or A and B are swapped.
         tally: documents with two sentences or more.
+        alone: pairs whose chunk had one sentence; they have a random B whatever the draw.
     """
 
     base: int
@@ -76,6 +84,7 @@ class PairPlan:
     length: np.ndarray
     random: np.ndarray
     tally: int
+    alone: int
 
     def __len__(self) -> int:
         return len(self.random)
@@ -106,30 +115,70 @@ def plan_pairs(config: SentencePairs, sentences: Sentences, sequence_length: int
     draw = bits.words(bits.stream(seed, "pair-target", epoch), number, 2)
     target = np.where(bits.happens(draw[:, 0], config.short_fraction), 2 + bits.below(draw[:, 1], room - 1), room)
 
-    # every sentence as the first of a chunk: where the chunk stops, where A stops, whether B is random
+    # every sentence as the first of a chunk: where the chunk stops, where A stops, whether the label is 1
     here = np.arange(len(document))
     draw = bits.words(bits.stream(seed, "pair", epoch), number[document], 4, sub=here - first[document])
     before = np.concatenate([np.zeros(1, np.int64), np.cumsum(sentences.length)])
     last = first[document + 1]
     stop = np.minimum(np.searchsorted(before, before[:-1] + target[document]), last)
+    if config.task == "sentence_order":
+        stop = _with_company(here, stop, last)
     a_stop = here + 1 + bits.below(draw[:, 0], np.maximum(stop - here - 1, 1))
-    random = (stop - here == 1) | bits.happens(draw[:, 1], config.random_fraction)
-    chunk = chain(np.where(random, a_stop, stop))
+    label = bits.happens(draw[:, 1], config.random_fraction)
+    if config.task == "sentence_order":
+        chunk = chain(stop)
+        chunk = chunk[stop[chunk] - chunk > 1]
+        spans = np.stack([chunk, a_stop[chunk]], axis=1), np.stack([a_stop[chunk], stop[chunk]], axis=1)
+        begin, end = (np.where(label[chunk, None], x[:, ::-1], x) for x in spans)
+        alone = 0
+    else:
+        label |= stop - here == 1
+        chunk = chain(np.where(label, a_stop, stop))
+        begin, end = _next_or_random(sentences, before, target, chunk, a_stop[chunk], stop[chunk], label[chunk], draw)
+        alone = int((stop[chunk] - chunk == 1).sum())
+    start, length = sentences.start[begin], before[end] - before[begin]
+    document = document[chunk]
+    start, length = _truncate(start, length, room, number[document], chunk - first[document], seed, epoch)
+    tally = int((np.diff(first) > 1).sum())
+    return PairPlan(sentences.base, start.astype(np.int32), length.astype(np.int32), label[chunk], tally, alone)
 
-    draw, document, random = draw[chunk], document[chunk], random[chunk]
-    a_stop, stop = a_stop[chunk], stop[chunk]
+
+def _next_or_random(
+    sentences: Sentences,
+    before: np.ndarray,
+    target: np.ndarray,
+    chunk: np.ndarray,
+    a_stop: np.ndarray,
+    stop: np.ndarray,
+    random: np.ndarray,
+    draw: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The first sentence, and the one behind the last, of A and B: int64[R, 2] both.
+
+    Args:
+        before: int64[S+1], tokens of the window before each sentence; target: int64[D], of each document.
+        chunk, a_stop, stop: int64[R], the first sentence of each chunk, and those behind A and behind the chunk.
+        draw: uint32[S, 4], of the chunk that begins with each sentence.
+    """
+    first, document, draw = sentences.first, sentences.document[chunk], draw[chunk]
     a_length = before[a_stop] - before[chunk]
-    other = bits.below(draw[:, 2], max(len(number) - 1, 1))
-    other += (other >= document) & (len(number) > 1)
+    other = bits.below(draw[:, 2], max(len(first) - 2, 1))
+    other += (other >= document) & (len(first) > 2)
     begin = first[other] + bits.below(draw[:, 3], np.diff(first)[other])
     reach = np.searchsorted(before, before[begin] + target[document] - a_length)
     b_start = np.where(random, begin, a_stop)
     b_stop = np.where(random, np.clip(reach, begin + 1, first[other + 1]), stop)
-    length = np.stack([a_length, before[b_stop] - before[b_start]], axis=1)
-    start = np.stack([sentences.start[chunk], sentences.start[b_start]], axis=1)
-    start, length = _truncate(start, length, room, number[document], chunk - first[document], seed, epoch)
-    tally = int((np.diff(first) > 1).sum())
-    return PairPlan(sentences.base, start.astype(np.int32), length.astype(np.int32), random, tally)
+    return np.stack([chunk, b_start], axis=1), np.stack([a_stop, b_stop], axis=1)
+
+
+def _with_company(here: np.ndarray, stop: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """Where chunks stop that have two sentences at least and leave none alone at the end of the document.
+
+    Megatron-LM `helpers.cpp` (build_mapping) gathers so; ALBERT's script gives a lone sentence a random B instead, with
+    the label of a swapped pair.
+    """
+    stop = np.minimum(np.maximum(stop, here + 2), last)
+    return np.where(last - stop == 1, last, stop)
 
 
 def chain(following: np.ndarray) -> np.ndarray:
@@ -190,7 +239,7 @@ class PairRows:
         if len(self._windows) and not self._index.tally(0):
             documents = int((self._windows[:, 2] - self._windows[:, 1]).sum())
             raise DataError(
-                f"next-sentence pairs need documents of two sentences or more; all {documents} documents of the "
+                f"sentence pairs need documents of two sentences or more; all {documents} documents of the "
                 f"{split} split have one: prepare the corpus with corpus.sentences=split or line, or use full_documents"
             )
 
@@ -209,7 +258,7 @@ class PairRows:
         return start, length
 
     def pairs(self, epoch: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Start and length of A and B, int64[R, 2], and whether B is random, bool[R]."""
+        """Start and length of A and B, int64[R, 2], and the label, bool[R]."""
         window, local = self._index.locate(epoch, rows)
         start, length = np.empty((len(rows), 2), np.int64), np.empty((len(rows), 2), np.int64)
         random = np.empty(len(rows), bool)
@@ -228,7 +277,7 @@ def pair_arrays(
 
     Returns:
         `tokens`, `positions`, `segments` (1, padding 0), `types` (1 on B and its [SEP]) int32[R, T];
-        `next_labels` int32[R] (1 = random), `next_weights` float32[R].
+        `next_labels` int32[R] (1 = random or swapped), `next_weights` float32[R].
     """
     special, column = corpus.special, np.arange(sequence_length)
     a_end = lengths[:, :1] + 1

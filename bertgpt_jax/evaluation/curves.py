@@ -9,9 +9,11 @@ from typing import Any
 from bertgpt_jax.errors import ConfigError, DataError
 from bertgpt_jax.training import storage
 
+_PAIR_LOSSES = ("train/nsp_loss", "eval/nsp_loss", "train/sop_loss", "eval/sop_loss")
+_ACCURACIES = ("accuracy", "mlm_accuracy", "nsp_accuracy", "sop_accuracy")
 PANELS = (
-    ("loss (nats)", ("train/loss", "eval/loss", "train/mlm_loss", "eval/mlm_loss", "train/nsp_loss", "eval/nsp_loss")),
-    ("accuracy", ("train/accuracy", "eval/accuracy", "train/mlm_accuracy", "eval/mlm_accuracy", "eval/nsp_accuracy")),
+    ("loss (nats)", ("train/loss", "eval/loss", "train/mlm_loss", "eval/mlm_loss", *_PAIR_LOSSES)),
+    ("accuracy", ("train/accuracy", "train/mlm_accuracy", *(f"eval/{name}" for name in _ACCURACIES))),
 )
 """Title of each panel and the metrics it shows."""
 

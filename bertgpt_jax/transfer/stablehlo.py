@@ -5,6 +5,7 @@ For deployment, not for keeping: jax reads such programs for about six months of
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
+from bertgpt_jax.errors import ConfigError
 from bertgpt_jax.models import make_model
 from bertgpt_jax.nn.blocks import ComputeConfig
 from bertgpt_jax.nn.masks import causal_mask, segment_mask
@@ -37,8 +39,13 @@ def export_stablehlo(source: Source, out: str, dtype: str = "float32") -> list[s
         dtype: of the parameters and of the computation.
 
     Raises:
-        ConfigError, StorageError: `out` cannot be made. ProofFailed: the program read back computes something else.
+        ConfigError, StorageError: `out` cannot be made, or flatbuffers is not installed. ProofFailed: the program read
+            back computes something else.
     """
+    if importlib.util.find_spec("flatbuffers") is None:
+        raise ConfigError(
+            "jax writes programs with flatbuffers, which is missing: pip install 'bertgpt_jax[stablehlo]'"
+        )
     config = source.model_config
     params = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), nested(source.read(list(source.leaves))))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))

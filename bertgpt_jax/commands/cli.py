@@ -20,6 +20,8 @@ VERBS = {
     "launch_local": "start a command as several processes over loopback",
     "check_leak": "perturb single documents and see that nothing reaches any other",
     "export": "write a model for transformers, NumPy or StableHLO, and prove it",
+    "import_model": "make a workdir of a Hugging Face directory",
+    "inspect_checkpoint": "steps, validity, sizes, metrics, tree; differences; conversion",
     "doctor": "versions, devices, storage, and what to install",
 }
 """Verb to its line of help; the code of `verb` is `bertgpt_jax/commands/verb.py`."""

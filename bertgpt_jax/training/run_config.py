@@ -95,6 +95,24 @@ class StageConfig(Config):
         return Ramp(self.batch_ramp or ((0, self.batch_size),), self.length_ramp or ((0, self.sequence_length),))
 
 
+class ExtendConfig(Config):
+    """How a run that begins from other parameters (`init_from`) may differ from them; what is new is drawn as usual."""
+
+    max_positions: int | None = Field(default=None, ge=1, description="a longer position table; its old rows stay")
+    new_tokenizer: bool = Field(
+        default=False,
+        description="another tokenizer than the model's; one that only adds ids behind the old needs no asking",
+    )
+
+
+class ExportConfig(Config):
+    """Hugging Face directories that a run writes into `WORKDIR/export`, each by a process of its own."""
+
+    every: int | None = Field(default=None, ge=1, description="steps between `step-N` directories (and checkpoints)")
+    at_end: bool = Field(default=False, description="`final`, of the best checkpoint")
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
 class ExecutionConfig(Config):
     """How the run is computed, logged and saved; every field may change on resume."""
 

@@ -139,6 +139,10 @@ class ExecutionConfig(Config):
     compilation_cache: Literal["auto", "off"] = Field(
         default="auto", description="auto: compiled programs are kept beside the workdir"
     )
+    export: ExportConfig = ExportConfig()
+    general_text: str = Field(
+        default="", description="with init_from: other text on which before and after are compared (a corpus, `stdlib`)"
+    )
 
 
 class RunConfig(Config):

@@ -153,6 +153,11 @@ class RunConfig(Config):
     model: Model
     objective: Objective
     stages: tuple[StageConfig, ...] = Field(min_length=1)
+    init_from: Annotated[str, ADDED] = Field(
+        default="",
+        description="a workdir or Hugging Face directory to begin from: its sizes and tokenizer replace the config's",
+    )
+    extend: Annotated[ExtendConfig, ADDED] = ExtendConfig()
     execution: Annotated[ExecutionConfig, EXECUTION] = ExecutionConfig()
 
     @model_validator(mode="after")

@@ -16,7 +16,7 @@ from bertgpt_jax.models.flops import stack_flops
 from bertgpt_jax.nn.blocks import BlockConfig, ComputeConfig, layer_stack
 from bertgpt_jax.nn.layers import Einsum, Embedding, LayerNorm, activation, constrain, dropout, dropout_key
 from bertgpt_jax.nn.masks import AttentionMask
-from bertgpt_jax.shapes import Array, Hidden, Tokens
+from bertgpt_jax.shapes import Array, Hidden, Params, Tokens
 
 
 class BertConfig(BlockConfig):
@@ -116,13 +116,26 @@ class Bert(nn.Module):
         """Final hidden states in the compute dtype."""
         return self.layers(self.embed(tokens_BT, positions_BT, types_BT), mask)[0]
 
-    def masked_logits(self, x_BTD: Hidden, mask_positions_BP: Array) -> Array:
-        """Vocabulary logits [B, P, V] of the given positions only: the head's cost is per prediction, not per token."""
+    def masked_hidden(self, x_BTD: Hidden, mask_positions_BP: Array) -> Array:
+        """What the vocabulary head reads [B, P, D], of the given positions only: its cost is per prediction."""
         x_BPD = jnp.take_along_axis(x_BTD, mask_positions_BP[..., None], axis=1)
         x_BPD = activation(self.config.activation)(self.masked_transform(constrain(x_BPD, "batch", None, "act_embed")))
+        return self.masked_norm(x_BPD)
+
+    def logits(self, x_BPD: Array) -> Array:
+        """Vocabulary logits [B, P, V] of what `masked_hidden` gives."""
         output = self.token_embedding if self.config.tied_head else self.masked_output
-        logits_BPV = output.attend(self.masked_norm(x_BPD))
-        return constrain(logits_BPV + self.masked_bias.astype(x_BPD.dtype), "batch", None, "act_vocab")
+        logits_BPV = output.attend(x_BPD) + self.masked_bias.astype(x_BPD.dtype)
+        return constrain(logits_BPV, "batch", None, "act_vocab")
+
+    def masked_logits(self, x_BTD: Hidden, mask_positions_BP: Array) -> Array:
+        """Vocabulary logits [B, P, V] of final hidden states at the given positions."""
+        return self.logits(self.masked_hidden(x_BTD, mask_positions_BP))
+
+    def head_weights(self, params: Params) -> tuple[Array, Array]:
+        """The vocabulary head's table [V, D] and bias [V] in `params`."""
+        table = params["token_embedding" if self.config.tied_head else "masked_output"]["table"]
+        return table, params["masked_bias"]
 
     def next_sentence_logits(self, x_BTD: Hidden, cls_positions_BK: Array | None = None) -> Array:
         """Is-next and is-random (BERT's label order) from tanh-pooled tokens: [B, 2] of the first one of each row.
@@ -148,6 +161,20 @@ class Bert(nn.Module):
 
         Next-sentence logits are [B, 2], or [B, K, 2] of packed pairs.
         """
+        inputs = tokens_BT, positions_BT, types_BT, mask, mask_positions_BP, cls_positions_BK
+        x_BPD, following = self.head_inputs(*inputs)
+        return self.logits(x_BPD), following
+
+    def head_inputs(
+        self,
+        tokens_BT: Tokens,
+        positions_BT: Tokens,
+        types_BT: Tokens | None,
+        mask: AttentionMask,
+        mask_positions_BP: Array,
+        cls_positions_BK: Array | None = None,
+    ) -> tuple[Array, Array | None]:
+        """`__call__` before the vocabulary head: (what it reads [B, P, D], next-sentence logits or None)."""
         x_BTD = self.encode(tokens_BT, positions_BT, types_BT, mask)
         following = self.next_sentence_logits(x_BTD, cls_positions_BK) if self.config.next_sentence_head else None
-        return self.masked_logits(x_BTD, mask_positions_BP), following
+        return self.masked_hidden(x_BTD, mask_positions_BP), following

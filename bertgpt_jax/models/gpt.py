@@ -16,7 +16,7 @@ from bertgpt_jax.models.flops import stack_flops
 from bertgpt_jax.nn.blocks import BlockConfig, ComputeConfig, layer_stack
 from bertgpt_jax.nn.layers import Embedding, LayerNorm, constrain, dropout, dropout_key
 from bertgpt_jax.nn.masks import AttentionMask
-from bertgpt_jax.shapes import Hidden, Logits, Tokens
+from bertgpt_jax.shapes import Array, Hidden, Logits, Params, Tokens
 
 
 class GptConfig(BlockConfig):
@@ -114,6 +114,10 @@ class Gpt(nn.Module):
     def __call__(self, tokens_BT: Tokens, positions_BT: Tokens, mask: AttentionMask) -> Logits:
         """Next-token logits in the compute dtype."""
         return self.logits(self.encode(tokens_BT, positions_BT, mask))
+
+    def head_weights(self, params: Params) -> tuple[Array, None]:
+        """The head's table [V, D] in `params`, and its bias: none."""
+        return params["token_embedding" if self.config.tied_head else "output"]["table"], None
 
     def logits(self, x_BTD: Hidden) -> Logits:
         """Vocabulary logits of normalised hidden states."""

@@ -75,6 +75,12 @@ class ComputeConfig(Config):
         description="what the backward pass recomputes: nothing, activation functions, all but matmul results, "
         "everything from each layer's input (offload: which waits in host memory), everything",
     )
+    head_chunk: int | None = Field(
+        default=None,
+        ge=1,
+        description="scored positions whose vocabulary logits exist at a time, with their gradients; it divides their "
+        "number a row. null: all at once",
+    )
     unroll_layers: bool | Annotated[int, Field(ge=1)] | None = Field(
         default=None,
         description="one loop body a layer instead of a scan; a number: so many layers a body; "

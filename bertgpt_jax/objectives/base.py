@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from pydantic import Field
 
+from bertgpt_jax.config import ADDED, Config
+from bertgpt_jax.nn.linear_cross_entropy import linear_cross_entropy
+from bertgpt_jax.nn.losses import cross_entropy
 from bertgpt_jax.shapes import Array, Params
 
 Batch = dict[str, Array]
@@ -25,6 +29,30 @@ class Sums(NamedTuple):
     parts: dict[str, Array]
     metrics: dict[str, Array]
     carry: Any = ()
+
+
+class VocabularyLoss(Config):
+    """Settings of a cross-entropy over the vocabulary."""
+
+    z_loss: Annotated[float, ADDED] = Field(
+        default=0.0, ge=0, description="coefficient of the squared log-normaliser (PaLM: 1e-4)"
+    )
+    label_smoothing: Annotated[float, ADDED] = Field(
+        default=0.0, ge=0, lt=1, description="share of the target spread over the vocabulary"
+    )
+
+    def vocabulary_sums(self, model: Any, params: Params, x: Array, labels: Array, weights: Array) -> tuple:
+        """(summed cross-entropy, number predicted right) of hidden states [B, P, D], both weighted by `weights` [B, P].
+
+        Where `execution.compute.head_chunk` asks for it, the logits exist in chunks only.
+        """
+        settings = {"z_loss": self.z_loss, "label_smoothing": self.label_smoothing}
+        if model.compute.head_chunk is not None:
+            table, bias = model.head_weights(params)
+            return linear_cross_entropy(x, table, bias, labels, weights, chunk=model.compute.head_chunk, **settings)
+        logits = model.apply({"params": params}, x, method="logits")
+        loss = jnp.sum(cross_entropy(logits, labels, self.z_loss, self.label_smoothing) * weights)
+        return loss, jnp.sum(is_best(logits, labels) * weights)
 
 
 class Objective(Protocol):

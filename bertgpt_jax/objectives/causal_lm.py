@@ -10,14 +10,12 @@ from pydantic import Field
 
 from bertgpt_jax.batches.packing import PackedDocuments
 from bertgpt_jax.batches.windows import Windows
-from bertgpt_jax.config import Config
-from bertgpt_jax.nn.losses import cross_entropy
 from bertgpt_jax.nn.masks import causal_mask
-from bertgpt_jax.objectives.base import Batch, Sums, is_best, rngs
+from bertgpt_jax.objectives.base import Batch, Sums, VocabularyLoss, rngs
 from bertgpt_jax.shapes import Array, Params
 
 
-class CausalLM(Config):
+class CausalLM(VocabularyLoss):
     """Batch: `tokens`, `positions`, `targets` int32 [B, T], `weights` fp32 [B, T]; packed: `segments` int32 [B, T]."""
 
     kind: Literal["causal_lm"] = "causal_lm"
@@ -55,11 +53,6 @@ class CausalLM(Config):
 
     def loss(self, model: Any, params: Params, batch: Batch, carry: Any, key: Array | None) -> Sums:
         """Summed cross-entropy and next-token accuracy."""
-        logits_BTV = model.apply({"params": params}, *self.model_inputs(batch), rngs=rngs(key))
-        losses_BT = cross_entropy(logits_BTV, batch["targets"])
-        right_BT = is_best(logits_BTV, batch["targets"])
-        return Sums(
-            {"lm": jnp.sum(losses_BT * batch["weights"])},
-            {"accuracy": jnp.sum(right_BT * batch["weights"])},
-            carry,
-        )
+        x_BTD = model.apply({"params": params}, *self.model_inputs(batch), rngs=rngs(key), method="encode")
+        loss, right = self.vocabulary_sums(model, params, x_BTD, batch["targets"], batch["weights"])
+        return Sums({"lm": loss}, {"accuracy": right}, carry)

@@ -12,14 +12,12 @@ from bertgpt_jax.batches.masking import Masking
 from bertgpt_jax.batches.packing import PackedDocuments
 from bertgpt_jax.batches.sentences import DocSentences, FullSentences
 from bertgpt_jax.batches.windows import FullDocuments
-from bertgpt_jax.config import Config
-from bertgpt_jax.nn.losses import cross_entropy
 from bertgpt_jax.nn.masks import segment_mask
-from bertgpt_jax.objectives.base import Batch, Sums, is_best, rngs
+from bertgpt_jax.objectives.base import Batch, Sums, VocabularyLoss, rngs
 from bertgpt_jax.shapes import Array, Params
 
 
-class MaskedLM(Config):
+class MaskedLM(VocabularyLoss):
     """Batch: int32 `tokens`, `positions`, `segments` [B, T], `mask_positions`, `mask_labels` [B, P].
 
     And fp32 `mask_weights` [B, P], 0 where a row has fewer predictions.
@@ -58,8 +56,9 @@ class MaskedLM(Config):
 
     def loss(self, model: Any, params: Params, batch: Batch, carry: Any, key: Array | None) -> Sums:
         """Summed cross-entropy and accuracy over the masked positions."""
-        logits_BPV, _ = model.apply({"params": params}, *self.model_inputs(batch), rngs=rngs(key))
-        loss, right = masked_sums(logits_BPV, batch)
+        inputs = self.model_inputs(batch)
+        x_BPD, _ = model.apply({"params": params}, *inputs, rngs=rngs(key), method="head_inputs")
+        loss, right = self.vocabulary_sums(model, params, x_BPD, batch["mask_labels"], batch["mask_weights"])
         return Sums({"mlm": loss}, {"mlm_accuracy": right}, carry)
 
 
@@ -85,9 +84,3 @@ def masked_inputs(batch: Batch, packed: bool) -> tuple:
     """
     types, pairs, mask = batch.get("types"), batch.get("cls_positions"), segment_mask(batch["segments"], packed)
     return batch["tokens"], batch["positions"], types, mask, batch["mask_positions"], pairs
-
-
-def masked_sums(logits_BPV: Array, batch: Batch) -> tuple[Array, Array]:
-    """(summed cross-entropy, number predicted right), both weighted by `mask_weights`."""
-    labels, weights = batch["mask_labels"], batch["mask_weights"]
-    return jnp.sum(cross_entropy(logits_BPV, labels) * weights), jnp.sum(is_best(logits_BPV, labels) * weights)

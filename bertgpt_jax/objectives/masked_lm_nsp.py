@@ -12,14 +12,13 @@ from pydantic import Field
 from bertgpt_jax.batches.masking import Masking
 from bertgpt_jax.batches.packing import PackedPairs
 from bertgpt_jax.batches.pairs import SentencePairs
-from bertgpt_jax.config import Config
 from bertgpt_jax.nn.losses import cross_entropy
-from bertgpt_jax.objectives.base import Batch, Sums, is_best, rngs
-from bertgpt_jax.objectives.masked_lm import abstract_masked_batch, masked_inputs, masked_sums
+from bertgpt_jax.objectives.base import Batch, Sums, VocabularyLoss, is_best, rngs
+from bertgpt_jax.objectives.masked_lm import abstract_masked_batch, masked_inputs
 from bertgpt_jax.shapes import Array, Params
 
 
-class MaskedLMNSP(Config):
+class MaskedLMNSP(VocabularyLoss):
     """Batch: that of `MaskedLM` plus int32 `types` [B, T], `next_labels` [B] (1 = random or swapped) and fp32
     `next_weights` [B].
 
@@ -70,8 +69,9 @@ class MaskedLMNSP(Config):
 
     def loss(self, model: Any, params: Params, batch: Batch, carry: Any, key: Array | None) -> Sums:
         """Summed cross-entropies and accuracies of both parts."""
-        logits_BPV, following = model.apply({"params": params}, *self.model_inputs(batch), rngs=rngs(key))
-        loss, right = masked_sums(logits_BPV, batch)
+        inputs = self.model_inputs(batch)
+        x_BPD, following = model.apply({"params": params}, *inputs, rngs=rngs(key), method="head_inputs")
+        loss, right = self.vocabulary_sums(model, params, x_BPD, batch["mask_labels"], batch["mask_weights"])
         labels, weights = batch["next_labels"], batch["next_weights"]
         next_loss = jnp.sum(cross_entropy(following, labels) * weights)
         next_right = jnp.sum(is_best(following, labels) * weights)

@@ -79,6 +79,17 @@ def test_microbatches_give_the_same_gradient(model, objective) -> None:
                 np.testing.assert_allclose(mine[name], all_[name], rtol=1e-6)
 
 
+@pytest.mark.parametrize("settings", [{}, {"z_loss": 1e-3, "label_smoothing": 0.1}], ids=["plain", "smoothed"])
+@pytest.mark.parametrize(("make", "model"), [(MaskedLMNSP, BERT), (CausalLM, GPT)], ids=["bert", "gpt"])
+def test_a_head_in_chunks_is_the_same_function(make, model, settings) -> None:
+    objective = make(**settings)
+    chunked = type(model)(model.config, ComputeConfig(unroll_layers=False, head_chunk=1))
+    params, batch = params_of(model, objective), batch_of(objective)
+    want, got = (compiled(m, objective, 2)(params, batch, jax.random.key(0)) for m in (model, chunked))
+    for mine, truth in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(mine, truth, rtol=2e-5, atol=1e-5)
+
+
 def test_microbatches_take_rows_in_turn() -> None:
     parts = split_microbatches({"a": np.arange(8)}, 2)
     assert parts["a"].tolist() == [[0, 2, 4, 6], [1, 3, 5, 7]]

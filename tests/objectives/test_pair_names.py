@@ -7,17 +7,20 @@ import pytest
 
 from bertgpt_jax.batches.packing import PackedPairs
 from bertgpt_jax.batches.pairs import SentencePairs
+from bertgpt_jax.nn.blocks import ComputeConfig
 from bertgpt_jax.objectives.masked_lm_nsp import MaskedLMNSP
 
 
 class Model:
     """Gives the logits it was made with."""
 
+    compute = ComputeConfig()
+
     def __init__(self, *logits: np.ndarray):
         self._logits = logits
 
-    def apply(self, variables, *inputs, rngs):
-        return self._logits
+    def apply(self, variables, *inputs, rngs=None, method: str):
+        return {"head_inputs": (None, self._logits[1]), "logits": self._logits[0]}[method]
 
 
 @pytest.mark.parametrize("kind", [SentencePairs, PackedPairs])

@@ -15,6 +15,7 @@ from bertgpt_jax.evaluation.held_out import unigram_masked_loss
 from bertgpt_jax.parallel.mesh import MeshConfig, make_mesh
 from bertgpt_jax.training import resume, setup, storage
 from bertgpt_jax.training.checkpoint import read_meta, restore
+from bertgpt_jax.training.data import make_held_out
 from bertgpt_jax.training.loop import evaluate_stage
 from bertgpt_jax.training.run_config import RunConfig, with_changes
 from bertgpt_jax.training.status import read_status
@@ -69,7 +70,7 @@ def evaluate_workdir(
     program = setup.make_program(config, make_mesh(config.execution.mesh))
     state, _ = restore(workdir, {"params": program.abstract_state["params"]}, meta["step"], partial=True)
     first = corpus.first if isinstance(corpus, CorpusMixture) else corpus
-    _, held_out = setup.make_datasets(config, corpus, Path(first.path) / "rows")[0]
+    held_out = make_held_out(config, 0, corpus, Path(first.path) / "rows")
     step = setup.lower_eval_step(program, stage).compile()
     metrics = evaluate_stage(program, held_out, step, state["params"], batches)
     parts = parts_of(held_out)

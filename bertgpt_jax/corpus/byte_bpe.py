@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -16,11 +17,16 @@ from bertgpt_jax.corpus.special import SPECIAL_TOKENS, TRAINED_IDS, SpecialIds
 from bertgpt_jax.corpus.tokenizer import CONFIG_FILE, config_file, find_special, piece_classes, read_file, read_json
 from bertgpt_jax.errors import DataError
 
+_WORDS = re.compile(r" ?\S+|\s+(?!\S)|\s")
+_PARTS = re.compile(r"'(?:[stmd]|re|ve|ll)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+")
+"""GPT-2's pattern for a word in ASCII."""
+
 
 class ByteBPE(BackedTokenizer):
     """GPT-2's tokenizer over a vocabulary and its merges, in order."""
 
     kind = "byte_bpe"
+    not_cut = "\x1c\x1d\x1e\x1f"  # marks like any other in GPT-2's pattern
 
     def __init__(self, vocabulary: Sequence[str], merges: Sequence[tuple[str, str]], special: SpecialIds):
         self.vocab_size, self.special = len(vocabulary), special
@@ -34,6 +40,21 @@ class ByteBPE(BackedTokenizer):
         self._backend = Backend(models.BPE(ids, list(merges)))
         self._backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
         self._backend.decoder = decoders.ByteLevel()
+
+    def words(self, text: str) -> list[str]:
+        """Parts that each begin where GPT-2's pattern begins a match.
+
+        A space goes with the marks, letters or digits after it. Of longer white space before them the last character
+        stands apart; at the end of the text all of it is one match (openai/gpt-2 encoder.py, the last alternatives).
+        """
+        return _WORDS.findall(text)
+
+    def word_parts(self, word: str) -> list[str]:
+        return _PARTS.findall(word) if word.isascii() else [word]
+
+    def spelled(self, part: str) -> str | None:
+        """Printable ASCII stands for its own bytes, except the space."""
+        return part.replace(" ", "Ġ") if part.isascii() and part.isprintable() and not part.isspace() else None
 
     def pieces(self) -> tuple[np.ndarray, np.ndarray]:
         table = {character: byte for byte, character in enumerate(_byte_characters())}

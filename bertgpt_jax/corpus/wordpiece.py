@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -20,16 +21,25 @@ from bertgpt_jax.errors import DataError
 MAX_WORD_CHARACTERS = 200
 """Longer words become [UNK] (google-research/bert tokenization.py, WordpieceTokenizer)."""
 
+_IDEOGRAPHS = "\u3400-\u4dbf\u4e00-\u9fff"
+"""The blocks that hold nearly all of those BERT sets apart; a word with a rarer one is cut by the library."""
+_IDEOGRAPH = re.compile(f"[{_IDEOGRAPHS}]")
+_WORDS = re.compile(rf"[{_IDEOGRAPHS}]|[^\s{_IDEOGRAPHS}]+")
+_MARKS = r"!-/:-@\[-`{-~"
+"""ASCII punctuation: each mark is a word of its own."""
+_PARTS = re.compile(rf"[^{_MARKS}]+|[{_MARKS}]")
+
 
 class WordPiece(BackedTokenizer):
     """BERT's tokenizer over a vocabulary in id order."""
 
     kind = "wordpiece"
+    not_cut = "\x0b\x0c\x1c\x1d\x1e\x1f\x85"  # control characters: BERT removes them, and what is around them joins
 
     def __init__(self, vocabulary: Sequence[str], special: SpecialIds, lowercase: bool, strip_accents: bool):
         self.vocab_size, self.special = len(vocabulary), special
         self._spellings = list(vocabulary)
-        self._strips = strip_accents
+        self._lowercase, self._strips = lowercase, strip_accents
         self.files = {
             "vocab.txt": "".join(f"{token}\n" for token in vocabulary).encode(),
             CONFIG_FILE: config_file(self.kind, special, lowercase=lowercase, strip_accents=strip_accents),
@@ -42,6 +52,20 @@ class WordPiece(BackedTokenizer):
         self._backend.normalizer = _bert_normalizer(lowercase, strip_accents)
         self._backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         self._backend.decoder = decoders.WordPiece(cleanup=False)
+
+    def words(self, text: str) -> list[str]:
+        """White space parts BERT's words whatever it is, and ideographs stand alone; nothing looks across either."""
+        if text.isascii() or not _IDEOGRAPH.search(text):
+            return text.split()
+        return _WORDS.findall(text)
+
+    def word_parts(self, word: str) -> list[str]:
+        return [word] if word.isalnum() else _PARTS.findall(word)
+
+    def spelled(self, part: str) -> str | None:
+        if not (part.isascii() and part.isalnum()):
+            return None
+        return part.lower() if self._lowercase else part
 
     def word_starts(self, ids: np.ndarray, begins: np.ndarray) -> np.ndarray:
         """Every piece that is no `##` continuation (BERT's words: punctuation marks and ideographs are words)."""

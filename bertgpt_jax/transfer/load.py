@@ -1,4 +1,4 @@
-"""A model to compute with, from whatever a user names: the workdir of a run or a Hugging Face directory."""
+"""A model to compute with, from whatever a user names: a run's workdir, a Hugging Face directory, plain arrays."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from bertgpt_jax.errors import ConfigError
 from bertgpt_jax.shapes import Params
 from bertgpt_jax.training import resume, storage
 from bertgpt_jax.transfer.hf_directory import open_directory
+from bertgpt_jax.transfer.npz import ARRAYS, open_npz
 from bertgpt_jax.transfer.source import ModelConfig, Source, nested
 from bertgpt_jax.transfer.workdir import open_workdir
 
@@ -39,7 +40,7 @@ class Loaded:
 
 
 def load_model(path: str, which: str | int = "best", dtype: str | None = None) -> Loaded:
-    """Loads the parameters of a workdir or of a Hugging Face directory.
+    """Loads the parameters of a workdir, of a Hugging Face directory, or of an export as npz.
 
     Args:
         which: checkpoint of a workdir: `best` (the newest where none was evaluated), `latest` or a step.
@@ -60,11 +61,12 @@ def open_source(path: str, which: str | int = "best") -> Source:
     """What `load_model` reads, not yet read."""
     if is_workdir(path):
         return open_workdir(storage.workdir_path(path), which)
-    return open_directory(Path(path).expanduser())
+    directory = Path(path).expanduser()
+    return open_npz(directory) if (directory / ARRAYS).is_file() else open_directory(directory)
 
 
 def is_workdir(path: str) -> bool:
-    """Whether `path` is the workdir of a run, and not a Hugging Face directory.
+    """Whether `path` is the workdir of a run, and not a Hugging Face directory or an export as npz.
 
     Raises:
         ConfigError: it is neither; for a name of the hub, with the command that downloads it.
@@ -75,7 +77,8 @@ def is_workdir(path: str) -> bool:
     tree = storage.read_json(workdir / resume.CONFIG_FILE)
     if isinstance(tree, dict) and "stages" in tree:
         return True
-    if not storage.is_local(workdir) or not (isinstance(tree, dict) and "model_type" in tree):
+    plain = storage.is_local(workdir) and storage.exists(workdir / ARRAYS)
+    if not plain and not (storage.is_local(workdir) and isinstance(tree, dict) and "model_type" in tree):
         raise ConfigError(
             f"'{path}' is neither the workdir of a run nor a Hugging Face directory: its {resume.CONFIG_FILE} is "
             + ("missing" if tree is None else "of neither")

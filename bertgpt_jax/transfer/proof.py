@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bertgpt_jax.corpus.tokenizer import Tokenizer
-from bertgpt_jax.errors import ConfigError, DataError
+from bertgpt_jax.errors import ConfigError
 from bertgpt_jax.transfer.family import Family
 from bertgpt_jax.transfer.forward import forward
 from bertgpt_jax.transfer.hf_directory import reader
@@ -23,7 +23,7 @@ from bertgpt_jax.transfer.hf_tokenizer import encode_as_written
 from bertgpt_jax.transfer.names import Name, one_layer
 from bertgpt_jax.transfer.numpy_reference import IGNORED, Outputs
 from bertgpt_jax.transfer.reference import load_outputs
-from bertgpt_jax.transfer.source import ModelConfig, Source, nested
+from bertgpt_jax.transfer.source import ModelConfig, ProofFailed, Source, nested
 from bertgpt_jax.transfer.tensors import TensorFiles
 
 Reference = Literal["auto", "transformers", "numpy"]
@@ -41,10 +41,6 @@ TEXTS = (
     "",
 )
 """What the written tokenizer and ours must cut alike; the first is also among the prompts."""
-
-
-class ProofFailed(DataError):
-    """What was written is not what was to be written; the message names the first difference."""
 
 
 # ---------------------------------------------------------------- bits

@@ -21,6 +21,10 @@ from bertgpt_jax.parallel.sharding import flatten, unboxed
 ModelConfig = BertConfig | GptConfig
 
 
+class ProofFailed(DataError):
+    """What was written is not what was to be written; the message names the first difference."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
     """Parameters in our layout, not yet read; reading some at a time bounds the memory.

@@ -20,8 +20,8 @@ from bertgpt_jax.nn.blocks import ComputeConfig
 from bertgpt_jax.nn.masks import causal_mask, segment_mask
 from bertgpt_jax.shapes import Array, Params
 from bertgpt_jax.transfer.npz import write_arrays
-from bertgpt_jax.transfer.proof import TOLERANCE, ProofFailed, make_batch
-from bertgpt_jax.transfer.source import ModelConfig, Source, nested
+from bertgpt_jax.transfer.proof import TOLERANCE, make_batch
+from bertgpt_jax.transfer.source import ModelConfig, ProofFailed, Source, nested
 from bertgpt_jax.transfer.target import building, write_json
 
 PLATFORMS = ("cpu", "cuda", "tpu")

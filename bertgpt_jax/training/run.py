@@ -51,6 +51,7 @@ def train(
     *,
     from_step: int | None = None,
     debug: bool = False,
+    initial: InitialParameters | None = None,
 ) -> Finish:
     """Trains `config` in a workdir, from its newest valid checkpoint if there is one.
 

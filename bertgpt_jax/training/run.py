@@ -59,6 +59,7 @@ def train(
         allow_change: identity settings (dotted) that may differ from those the workdir was begun with.
         from_step: go on from this checkpoint instead; newer ones are set aside.
         debug: check the token ids of every batch.
+        initial: parameters to begin from where the workdir has no checkpoint; None: drawn.
 
     Raises:
         ConfigError: before anything is written, for whatever can be known then.

@@ -92,7 +92,7 @@ def train(
     with status.acquire(workdir), PreemptionGuard() as guard:
         if processes.is_primary():
             write_description(workdir, config, identity, corpus)
-        session = _Session(program, stages, corpus, workdir, identity, guard, from_step)
+        session = _Session(program, stages, corpus, workdir, identity, guard, from_step, initial)
         for path, (old, new) in changed.items():
             why = "added" if resume.is_added(path, (old, new)) else "changed by --allow-change"
             session.say(f"{why}: {path}: {old!r} -> {new!r}")

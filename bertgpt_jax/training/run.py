@@ -118,8 +118,9 @@ class _Session:
         identity: dict[str, Any],
         guard: PreemptionGuard,
         from_step: int | None,
+        initial: InitialParameters | None,
     ):
-        self.from_step = from_step
+        self.from_step, self.initial = from_step, initial
         self.program, self.stages, self.corpus, self.workdir, self.guard = program, stages, corpus, workdir, guard
         self.identity = identity
         self.checkpoints = Checkpoints(workdir, program.config.execution.keep)

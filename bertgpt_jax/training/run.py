@@ -170,7 +170,7 @@ class _Session:
     # ---------------------------------------------------------------- start
 
     def _start_state(self) -> tuple[PyTree, dict[str, Any] | None]:
-        """Restore policy: 1 the checkpoint asked for; 2 the workdir's newest valid one; 3 fresh."""
+        """Restore policy: 1 the checkpoint asked for; 2 the workdir's newest valid one; 3 `init_from`; 4 fresh."""
         if self.from_step is not None:
             stage = next((s for s in self.stages if self.from_step <= s.stop), self.stages[-1])
             return self.checkpoints.rewind(setup.stage_state(self.program, stage.config), self.from_step)

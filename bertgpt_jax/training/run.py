@@ -184,7 +184,11 @@ class _Session:
             if found is not None:
                 return found
             break
-        return self.program.init(), None
+        state = self.program.init()
+        if self.initial is not None:
+            self.say(f"parameters from {self.initial.label}")
+            state = state | {"params": self.initial.place(state["params"])}
+        return state, None
 
     def _describe(self, step: int, meta: dict[str, Any] | None) -> None:
         program, execution = self.program, self.program.config.execution

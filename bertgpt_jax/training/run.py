@@ -44,6 +44,15 @@ class Finish:
     checkpoint: int | None
 
 
+class InitialParameters(Protocol):
+    """Parameters to begin from (`transfer.initial`)."""
+
+    label: str
+
+    def place(self, fresh: PyTree) -> PyTree:
+        """Freshly drawn, sharded parameters -> those to begin with, lying alike."""
+
+
 def train(
     config: RunConfig,
     workdir_text: str,

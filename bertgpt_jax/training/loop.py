@@ -81,8 +81,10 @@ class Loop:
                     self._stop(stage)
                     return
             # ------------------------------------------------ save
-            if fresh and self._due(self._execution.save_every, stage):
+            self._exports.poll(self._checkpoints)
+            if fresh and (self._due(self._execution.save_every, stage) or self._exports.is_due(self.step)):
                 self._save(stage)
+                self._exports.wants(self.step)
             if self.step == stage.stop:
                 batches.close()
                 return

@@ -16,6 +16,7 @@ from bertgpt_jax.parallel.sharding import local_rows, place_batch
 from bertgpt_jax.shapes import PyTree
 from bertgpt_jax.training.checkpoint import Checkpoints
 from bertgpt_jax.training.clock import Clock
+from bertgpt_jax.training.exports import Exports
 from bertgpt_jax.training.guards import PreemptionGuard
 from bertgpt_jax.training.metrics import MetricWriter
 from bertgpt_jax.training.setup import Program, Stage, enter_stage

@@ -82,7 +82,7 @@ class Loop:
                     self._stop(stage)
                     return
             # ------------------------------------------------ save
-            self._exports.poll(self._checkpoints)
+            self.exports.poll()
             if fresh and (self._due(self._execution.save_every, stage) or self._exports.is_due(self.step)):
                 self._save(stage)
                 self._exports.wants(self.step)

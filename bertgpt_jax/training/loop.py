@@ -83,9 +83,9 @@ class Loop:
                     return
             # ------------------------------------------------ save
             self.exports.poll()
-            if fresh and (self._due(self._execution.save_every, stage) or self._exports.is_due(self.step)):
+            if fresh and (self._due(self._execution.save_every, stage) or self.exports.is_due(self.step)):
                 self._save(stage)
-                self._exports.wants(self.step)
+                self.exports.wants(self.step)
             if self.step == stage.stop:
                 batches.close()
                 return

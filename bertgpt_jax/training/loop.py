@@ -57,6 +57,7 @@ class Loop:
         self._pending: dict[str, Any] | None = owed  # metrics of the step that brought us to `self.step`
         self._evaluation: dict[str, float] = {}
         self._clock = Clock(stages[-1].stop)
+        self.exports = Exports(self._execution.export, checkpoints)
 
     def run(self) -> None:
         """Until the last stage ends or the run is asked to stop."""

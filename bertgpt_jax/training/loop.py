@@ -29,6 +29,7 @@ class Loop:
         step: batches drawn so far; the state's `data_step`.
         state: the newest state.
         stopped: the run was asked to stop, and a checkpoint of this step was saved.
+        exports: directories for others, made beside the training.
 
     Args:
         program, stages: what to train.

@@ -82,6 +82,7 @@ def train(
     mesh = make_mesh(config.execution.mesh)
     setup.check_batches(config, mesh)
     processes.on_primary(storage.check_writable, workdir)
+    exports.check(config.execution.export, workdir)
     if from_step is not None:
         processes.on_primary(read_meta, workdir, from_step)
     processes.on_primary(resume.check_identity, workdir, {"config": resume.identity(config)}, allow_change, from_step)

@@ -309,6 +309,8 @@ class _Session:
             self._status(step, reason, writer, state, message)
 
     def _finish(self, loop: Loop, writer: MetricWriter, begun: float) -> Finish:
+        if not loop.stopped:
+            loop.exports.finish()
         took = duration(time.perf_counter() - begun)
         saved = self.checkpoints.latest()
         if loop.stopped:

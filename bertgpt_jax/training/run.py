@@ -17,7 +17,7 @@ from bertgpt_jax.parallel import distributed
 from bertgpt_jax.parallel.mesh import make_mesh
 from bertgpt_jax.parallel.sharding import bytes_per_device
 from bertgpt_jax.shapes import PyTree
-from bertgpt_jax.training import processes, resume, setup, status, storage
+from bertgpt_jax.training import exports, processes, resume, setup, status, storage
 from bertgpt_jax.training.checkpoint import Checkpoints, read_meta
 from bertgpt_jax.training.data import check_enough
 from bertgpt_jax.training.fingerprint import state_fingerprint

@@ -120,6 +120,12 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh, batch_size: int) -> di
     }
 
 
+def platform(mesh: Mesh) -> str:
+    """What the mesh's devices are: cpu, gpu or tpu."""
+    name = mesh.devices.flat[0].platform
+    return "gpu" if name in ("cuda", "rocm") else name
+
+
 def batch_shards(mesh: Mesh) -> int:
     """Number of parts that the rows of a batch are split into."""
     return axis_size(mesh, ROWS[0])

@@ -19,6 +19,7 @@ from bertgpt_jax.config import build
 from bertgpt_jax.corpus.mixture import CorpusMixture
 from bertgpt_jax.corpus.view import Corpus
 from bertgpt_jax.models import make_model
+from bertgpt_jax.nn.blocks import ComputeConfig
 from bertgpt_jax.parallel import sharding
 from bertgpt_jax.shapes import PyTree
 from bertgpt_jax.training.data import make_held_out, make_train
@@ -130,7 +131,10 @@ def make_program(config: RunConfig, mesh: Mesh) -> Program:
         ConfigError: a parameter dimension or a batch that the mesh does not divide.
     """
     check_batches(config, mesh)
-    model = make_model(config.model, config.execution.compute)
+    compute = config.execution.compute
+    if compute.platform is None:  # the mesh may be of devices that are not here (ahead-of-time compilation)
+        compute = build(ComputeConfig, compute.model_dump() | {"platform": sharding.platform(mesh)}, "compute")
+    model = make_model(config.model, compute)
     first = config.stages[0]
     rows = config.objective.abstract_batch(1, first.sequence_length)
 

@@ -6,9 +6,14 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bertgpt_jax.commands.common import add_platform, check_platform, command_parser, run_command, select_platform
 from bertgpt_jax.errors import UsageError
+
+if TYPE_CHECKING:
+    from bertgpt_jax.training.run_config import RunConfig
+    from bertgpt_jax.transfer.initial import Initial
 
 EPILOG = """\
 examples:
@@ -63,8 +68,37 @@ def _train(args: argparse.Namespace) -> int:
 
     workdir = args.workdir or str(Path("runs") / _name(args.config))
     allowed = tuple(name for name in args.allow_change.split(",") if name)
-    train(config, workdir, allowed, from_step=args.from_step, debug=args.debug)
+    initial = None
+    if config.init_from:
+        from bertgpt_jax.transfer.initial import resolve
+
+        config, initial = resolve(config, workdir)
+    train(config, workdir, allowed, from_step=args.from_step, debug=args.debug, initial=initial)
+    _afterwards(config, workdir, initial)
     return 0
+
+
+def _afterwards(config: RunConfig, workdir: str, initial: Initial | None) -> None:
+    """What a finished run adds to its workdir: a comparison with what it began from, a directory for others."""
+    import jax
+
+    if jax.process_count() > 1:  # one process is enough for both, and the others are gone by then
+        return
+    if initial is not None:
+        from bertgpt_jax.evaluation.before_after import compare
+
+        for line in compare(workdir, initial):
+            print(line)
+    if config.execution.export.at_end:
+        from bertgpt_jax.transfer.export import export_hf
+        from bertgpt_jax.transfer.load import open_source
+
+        out = Path(workdir).expanduser() / "export" / "final"
+        if out.exists():
+            print(f"'{out}' is there already; delete it to export again")
+            return
+        export_hf(open_source(workdir), str(out), config.execution.export.dtype)
+        print(f"exported the best checkpoint to {out}: transformers' from_pretrained reads it")
 
 
 def _name(config: str) -> str:

@@ -17,6 +17,8 @@ from bertgpt_jax.training.run_config import ExportConfig
 
 log = logging.getLogger(__name__)
 
+_EXPORT = "import sys; from bertgpt_jax.commands.export import main; sys.exit(main(sys.argv[1:]))"
+
 _ON_THE_HOST = {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
 """The exporting process leaves the accelerators to the run."""
 
@@ -62,10 +64,13 @@ class Exports:
         out = directory(self._checkpoints.workdir, step)
         if out.exists():  # made before the run was interrupted
             return
-        command = [sys.executable, "-m", "bertgpt_jax.commands.export", str(self._checkpoints.workdir), "--format", "hf"]
+        command = [sys.executable, "-c", _EXPORT, str(self._checkpoints.workdir), "--format", "hf"]
         command += ["--out", str(out), "--which", str(step), "--dtype", self._config.dtype]
-        self._running = step, subprocess.Popen(
-            command, env=os.environ | _ON_THE_HOST, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        self._running = (
+            step,
+            subprocess.Popen(
+                command, env=os.environ | _ON_THE_HOST, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            ),
         )
 
     def _collect(self) -> None:

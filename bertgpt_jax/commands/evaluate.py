@@ -14,11 +14,13 @@ from bertgpt_jax.errors import UsageError
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `tools/evaluate.py` and `bertgpt evaluate`."""
     parser = command_parser("evaluate", __doc__)
-    parser.add_argument("workdir", help="of a run")
+    parser.add_argument("workdir", help="of a run or an import, or a Hugging Face directory")
     parser.add_argument("--which", default="latest", help="latest, best or a step (default: latest)")
     parser.add_argument("--stage", help="whose sequence length and batch to use (default: the checkpoint's)")
     parser.add_argument("--batches", type=int, help="at most this many (default: the whole held-out split)")
-    parser.add_argument("--corpus", help="the prepared corpus, if it has moved (of a mixture: name=DIR,...)")
+    parser.add_argument(
+        "--corpus", help="a prepared corpus, if it has moved (of a mixture: name=DIR,...); for others also plain text"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_platform(parser)
     return run_command(_evaluate, parser, argv)
@@ -30,9 +32,11 @@ def _evaluate(args: argparse.Namespace) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     select_platform(args.platform)
     check_platform(args.platform)
+    from bertgpt_jax.evaluation.parameters import evaluate_source, is_run
     from bertgpt_jax.evaluation.workdir import evaluate_workdir
 
-    result = evaluate_workdir(args.workdir, args.which, args.stage, args.batches, args.corpus)
+    evaluate = evaluate_workdir if is_run(args.workdir) else evaluate_source
+    result = evaluate(args.workdir, args.which, args.stage, args.batches, args.corpus)
     if args.json:
         print(json.dumps(result, indent=2))
         return 0

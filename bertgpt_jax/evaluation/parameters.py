@@ -16,11 +16,11 @@ from bertgpt_jax.errors import ConfigError, DataError
 from bertgpt_jax.parallel.mesh import MeshConfig, make_mesh
 from bertgpt_jax.parallel.sharding import flatten
 from bertgpt_jax.shapes import Params
-from bertgpt_jax.training import setup
+from bertgpt_jax.training import setup, storage
 from bertgpt_jax.training.loop import evaluate_stage
 from bertgpt_jax.training.run_config import RunConfig, with_changes
 from bertgpt_jax.transfer.initial import save_tokenizer, user_cache
-from bertgpt_jax.transfer.load import open_source
+from bertgpt_jax.transfer.load import is_workdir, open_source
 from bertgpt_jax.transfer.run_of import run_config, tokenizer_config
 from bertgpt_jax.transfer.source import Source, nested
 
@@ -60,6 +60,15 @@ def evaluate_source(
         "evaluation_fingerprint": held_out.eval_fingerprint(),
         "devices": jax.device_count(),
     }
+
+
+def is_run(path: str) -> bool:
+    """Whether `path` is the workdir of a run that was trained here, which knows its text.
+
+    Raises:
+        ConfigError: it is no model at all.
+    """
+    return is_workdir(path) and storage.exists(storage.workdir_path(path) / "corpus.json")
 
 
 def source_params(source: Source) -> Params:

@@ -1,11 +1,11 @@
 """Continued pretraining of a BERT or RoBERTa on the text of a domain; sizes and tokenizer come from the model.
 
 Paper:    Gururangan et al. 2020, "Don't Stop Pretraining" (RoBERTa, 12,500 steps of batch 2,048; here a single device)
-Command:  python tools/train.py configs/continue/bert.py init_from=bert-base corpus.path='texts/*.txt' --workdir runs/mine
+Command:  python tools/train.py configs/continue/bert.py init_from=bert-base corpus.path='texts/*' --workdir runs/mine
 Hardware: one GPU for a base model; 2 CPU cores for a tiny one
 Hours:    not measured
 Expect:   a table of held-out losses on the domain and on Python's documentation, before and after, and an export for
-          transformers in WORKDIR/export/final. RoBERTa and models without a next-sentence head: objective.kind=masked_lm
+          transformers in WORKDIR/export/final. Models without a next-sentence head: objective.kind=masked_lm
 """
 
 from bertgpt_jax.corpus.config import CorpusConfig, HashSplit

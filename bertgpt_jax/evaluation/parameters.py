@@ -9,8 +9,8 @@ import jax
 import numpy as np
 
 from bertgpt_jax.corpus.builder import open_corpus
-from bertgpt_jax.corpus.config import CorpusConfig
-from bertgpt_jax.corpus.reader import CorpusReader
+from bertgpt_jax.corpus.config import CorpusConfig, HashSplit
+from bertgpt_jax.corpus.reader import MANIFEST, CorpusReader
 from bertgpt_jax.corpus.tokenizer import Tokenizer
 from bertgpt_jax.errors import ConfigError, DataError
 from bertgpt_jax.parallel.mesh import MeshConfig, make_mesh
@@ -79,18 +79,19 @@ def source_params(source: Source) -> Params:
 def corpus_for(tokenizer: Tokenizer | None, path: str, cache_root: Path, label: str) -> CorpusReader:
     """The corpus at `path`, or one prepared from the text there with this tokenizer.
 
+    Text that is brought for an evaluation is held out as a whole; of Python's documentation (`stdlib`) 2%.
+
     Raises:
         ConfigError: there is no tokenizer. DataError: it was prepared with another one.
     """
     if tokenizer is None:
         raise ConfigError(f"{label} has no tokenizer; import it with --tokenizer DIR")
-    setting = tokenizer_config(tokenizer.kind, "", tokenizer)
-    config = CorpusConfig(path=path, tokenizer=setting)
     try:
-        if not (Path(path).expanduser() / "manifest.json").is_file():
-            saved = save_tokenizer(tokenizer, cache_root)
-            config = CorpusConfig(path=path, tokenizer=tokenizer_config(tokenizer.kind, str(saved), tokenizer))
-        corpus = open_corpus(config, cache_root)
+        prepared = (Path(path).expanduser() / MANIFEST).is_file()  # and brings its tokenizer, which is compared below
+        saved = "" if prepared else str(save_tokenizer(tokenizer, cache_root))
+        setting = tokenizer_config(tokenizer.kind, saved, tokenizer)
+        held_out = HashSplit(fraction=0.02 if path == "stdlib" else 0.999)
+        corpus = open_corpus(CorpusConfig(path=path, tokenizer=setting, held_out=held_out), cache_root)
     except OSError as error:
         raise DataError(f"the corpus '{path}' cannot be prepared: {error}") from None
     if corpus.tokenizer.sha256 != tokenizer.sha256:

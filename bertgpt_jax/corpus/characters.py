@@ -35,6 +35,9 @@ class Characters(Tokenizer):
         codes = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), "<u4")
         return self._table[codes], lengths
 
+    def begins(self, texts: Sequence[str]) -> np.ndarray:
+        return np.concatenate([np.zeros(0, np.int64), *(np.arange(len(text)) for text in texts)])
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return "".join(map(self.token, self.check_ids(ids)))
 

@@ -153,6 +153,8 @@ class CorpusConfig(Config):
     filters: Annotated[FiltersConfig, ADDED] = FiltersConfig()
     sentences: Literal["none", "line", "split"] = "split"
     """Where sentences start: nowhere, at every line, or by punctuation."""
+    chinese_words: Annotated[Literal["characters", "jieba"], ADDED] = "characters"
+    """What masks of whole words take for a word in Chinese: each character, or what jieba finds (extra `zh`)."""
     held_out: Annotated[HashSplit | PositionSplit, Field(discriminator="kind")] = HashSplit()
     shuffle_documents: bool = True
     """Shuffles the documents of a shard by a keyed hash."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bertgpt_jax.config import build, fingerprint, identity
+from bertgpt_jax.corpus.chinese import jieba_version
 from bertgpt_jax.corpus.config import CorpusConfig
 from bertgpt_jax.corpus.cuts import cut_source
 from bertgpt_jax.corpus.files import SourceFile, find_files
@@ -57,7 +58,8 @@ def find_request(config: CorpusConfig) -> tuple[tuple[SourceFile, ...], str]:
     files = find_files(config)
     vocabulary = open_tokenizer(config.tokenizer).sha256 if config.tokenizer.path else ""
     sources = [[f.name, f.format, f.size, f.digest] for f in files]
-    return files, fingerprint([FORMAT_VERSION, identity(config), sources, vocabulary])
+    words = [jieba_version()] if config.chinese_words == "jieba" else []
+    return files, fingerprint([FORMAT_VERSION, identity(config), sources, vocabulary, *words])
 
 
 def make_plan(config: CorpusConfig, files: tuple[SourceFile, ...], request: str) -> Plan:

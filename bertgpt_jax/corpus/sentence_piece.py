@@ -59,6 +59,17 @@ class SentencePiece(Tokenizer):
         lengths = np.fromiter(map(len, rows), np.int64, len(rows))
         return np.fromiter(chain.from_iterable(rows), np.int32, int(lengths.sum())), lengths
 
+    def begins(self, texts: Sequence[str]) -> np.ndarray:
+        from sentencepiece.sentencepiece_pb2 import SentencePieceText
+
+        found = [np.zeros(0, np.int64)]
+        for text in texts:
+            parsed = SentencePieceText.FromString(self._processor.encode(text, out_type="serialized_proto"))
+            sizes = [len(c.encode()) for c in text]
+            byte = np.cumsum([0, *sizes])
+            found.append(np.searchsorted(byte, [piece.begin for piece in parsed.pieces], "right") - 1)
+        return np.concatenate(found)
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         parts: list[str] = []
         run: list[int] = []

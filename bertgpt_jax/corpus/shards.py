@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bertgpt_jax.corpus.chinese import join_words
 from bertgpt_jax.corpus.cleaning import clean
 from bertgpt_jax.corpus.config import CorpusConfig, HashSplit
 from bertgpt_jax.corpus.files import check_unchanged
@@ -147,7 +148,7 @@ def tokenise_shard(
     `progress` is called with the UTF-8 bytes of text done since its last call.
     """
     counts: Counter[str] = Counter()
-    rows = _Rows(tokenizer)
+    rows = _Rows(tokenizer, plan.config.chinese_words == "jieba")
     batch: list[Document] = []
     size = 0
     for document in shard_documents(plan, index, counts):
@@ -188,10 +189,10 @@ def _row(arrays: dict[str, np.ndarray], rows: _Rows, unknown: int | None) -> dic
 
 
 class _Rows:
-    """Tokens and columns of the documents so far, in reading order."""
+    """Tokens and columns of the documents so far, in reading order; `jieba` says what a Chinese word is."""
 
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer, self._dtype = tokenizer, token_dtype(tokenizer.vocab_size)
+    def __init__(self, tokenizer: Tokenizer, jieba: bool):
+        self._tokenizer, self._dtype, self._jieba = tokenizer, token_dtype(tokenizer.vocab_size), jieba
         self._ids: list[np.ndarray] = []
         self._flags: list[np.ndarray] = []
         self._lengths: list[np.ndarray] = []
@@ -205,6 +206,8 @@ class _Rows:
             return 0
         texts = [sentence for document in documents for sentence in document.sentences]
         ids, flags, sentence_lengths = self._tokenizer.encode_flagged(texts)
+        if self._jieba:
+            join_words(self._tokenizer, texts, flags, sentence_lengths)
         if len(ids) and not 0 <= ids.min() <= ids.max() < self._tokenizer.vocab_size:
             size = self._tokenizer.vocab_size
             raise DataError(f"the tokenizer gave ids {ids.min()}..{ids.max()} where vocab_size = {size}")

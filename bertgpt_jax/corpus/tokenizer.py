@@ -59,6 +59,10 @@ class Tokenizer:
         """Ids of all texts one after another (int32) and the number of ids of each (int64)."""
         raise NotImplementedError
 
+    def begins(self, texts: Sequence[str]) -> np.ndarray:
+        """The character of its text at which each id of `encode_batch(texts)` begins, int64; slower than that."""
+        raise NotImplementedError
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of ids; special tokens appear by name. DataError for an id outside the vocabulary."""
         raise NotImplementedError

@@ -212,20 +212,35 @@ def _advance(
     stop_ids: Array,
 ) -> tuple[State, Array]:
     """`count` (at most `limit`) tokens of every row, fewer once all rows are done: (state, tokens [B, limit])."""
-    begun = state.number
+    begun, rows = state.number, state.tokens_B.shape[0]
 
     def unfinished(carry: tuple[State, Array]) -> Array:
         return (carry[0].number - begun < count) & ~jnp.all(carry[0].done_B)
 
     def one(carry: tuple[State, Array]) -> tuple[State, Array]:
         state, tokens_BN = carry
-        logits_BV, cache = decoder.step(params, state.tokens_B, state.cache)
-        after = _drawn(state, logits_BV, cache, sampling, stop_ids)
+        logits_BV, cache = decoder.step(params, state.tokens_B, _with_rows(state.cache, rows))
+        after = _drawn(state, logits_BV, _without_one_row(cache, rows), sampling, stop_ids)
         column = state.number - begun
         return after, jax.lax.dynamic_update_slice(tokens_BN, after.tokens_B[:, None], (0, column))
 
-    tokens_BN = jnp.zeros((state.tokens_B.shape[0], limit), jnp.int32)
-    return jax.lax.while_loop(unfinished, one, (state, tokens_BN))
+    state = state._replace(cache=_without_one_row(state.cache, rows))
+    state, tokens_BN = jax.lax.while_loop(unfinished, one, (state, jnp.zeros((rows, limit), jnp.int32)))
+    return state._replace(cache=_with_rows(state.cache, rows)), tokens_BN
+
+
+def _without_one_row(cache: PyTree, rows: int) -> PyTree:
+    """The cache of a single row without the row dimension.
+
+    XLA drops that dimension from the attention products; carried through the loop with it, the cache is written twice,
+    once in each shape, and copied for it in every step.
+    """
+    return jax.tree.map(lambda leaf: leaf[0] if leaf.ndim > 1 else leaf, cache) if rows == 1 else cache
+
+
+def _with_rows(cache: PyTree, rows: int) -> PyTree:
+    """The inverse of `_without_one_row`."""
+    return jax.tree.map(lambda leaf: leaf[None] if leaf.ndim > 1 else leaf, cache) if rows == 1 else cache
 
 
 def _drawn(state: State, logits_BV: Array, cache: PyTree, sampling: Sampling, stop_ids: Array) -> State:

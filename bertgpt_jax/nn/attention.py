@@ -145,9 +145,11 @@ class KeyValues(NamedTuple):
         def extend(old_BNSH: Array, new_BTNH: Heads) -> Array:
             new_BNTH = new_BTNH.swapaxes(1, 2).astype(old_BNSH.dtype)
             if slot is None:
-                old_BNSH = jnp.concatenate([old_BNSH, new_BNTH], 2)
+                both_BNSH = jnp.concatenate([old_BNSH, new_BNTH], 2)
+            elif len(old_BNSH) == 1:  # as XLA reads it in the products; written in another shape, it is written twice
+                both_BNSH = jax.lax.dynamic_update_slice_in_dim(old_BNSH[0], new_BNTH[0], slot, 1)[None]
             else:
-                old_BNSH = jax.lax.dynamic_update_slice_in_dim(old_BNSH, new_BNTH, slot, 2)
-            return constrain(old_BNSH, "batch", "act_heads", None, None)
+                both_BNSH = jax.lax.dynamic_update_slice_in_dim(old_BNSH, new_BNTH, slot, 2)
+            return constrain(both_BNSH, "batch", "act_heads", None, None)
 
         return KeyValues(extend(self.k_BNSH, k_BTNH), extend(self.v_BNSH, v_BTNH))

@@ -37,7 +37,7 @@ def compare(workdir_text: str, initial: Initial) -> list[str]:
     own = open_run_corpus(config, workdir)
     corpora = {"domain": own.first if isinstance(own, CorpusMixture) else own}
     if config.execution.general_text:
-        tokenizer = load_tokenizer(workdir / "tokenizer")
+        tokenizer = load_tokenizer(str(workdir / "tokenizer"))
         corpora["general"] = corpus_for(tokenizer, config.execution.general_text, cache_root(workdir), str(workdir))
     stage, limit = config.stages[-1].name, config.execution.eval_batches
     table = {

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -124,12 +122,7 @@ def read_tokenizer(workdir: epath.Path, sha256: str | None) -> Tokenizer | None:
     directory = workdir / "tokenizer"
     if not storage.is_directory(directory):
         raise ConfigError(f"'{workdir}' has no tokenizer directory; copy the run's whole workdir, not its checkpoints")
-    if storage.is_local(directory):
-        tokenizer = load_tokenizer(Path(directory))
-    else:
-        with tempfile.TemporaryDirectory(prefix="bertgpt-tokenizer-") as local:
-            storage.copy_tree(directory, epath.Path(local))
-            tokenizer = load_tokenizer(local)
+    tokenizer = load_tokenizer(str(directory))
     if tokenizer.sha256 != sha256:
         raise DataError(
             f"'{directory}' holds another tokenizer ({tokenizer.sha256[:12]}) than the checkpoint was trained with "

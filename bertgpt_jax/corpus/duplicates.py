@@ -112,9 +112,9 @@ def _later_ones(rows: np.ndarray, shard: np.ndarray) -> list[tuple[int, np.ndarr
 
 
 def remove_duplicates(out: Path) -> None:
-    """Deletes what only the build needed."""
-    shutil.rmtree(out / HASHES, ignore_errors=True)
-    shutil.rmtree(out / DUPLICATES, ignore_errors=True)
+    """Deletes what only the build needed; a bucket never held any."""
+    for name in (HASHES, DUPLICATES) if isinstance(out, Path) else ():
+        shutil.rmtree(out / name, ignore_errors=True)
 
 
 def _hash_file(plan: Plan, index: int, out: Path) -> Path:

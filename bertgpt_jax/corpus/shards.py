@@ -19,7 +19,7 @@ from bertgpt_jax.corpus.sources import WRAPPED_FORMATS, RawDocument, read_docume
 from bertgpt_jax.corpus.store import shard_name, token_dtype, write_shard
 from bertgpt_jax.corpus.tokenizer import Tokenizer
 from bertgpt_jax.corpus.view import ragged_index
-from bertgpt_jax.errors import DataError
+from bertgpt_jax.errors import DataError, StorageError
 
 _BATCH_CHARACTERS = 500_000
 """Text tokenised at a time."""
@@ -99,7 +99,7 @@ def _raw_documents(plan: Plan, index: int) -> Iterator[tuple[int, RawDocument]]:
         try:
             for raw in read_documents(file, piece.lo, piece.hi, *fields):
                 yield piece.file, raw
-        except DataError:
+        except (DataError, StorageError):
             check_unchanged(file)  # a file that something writes to may look damaged
             raise
 

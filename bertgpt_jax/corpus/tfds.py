@@ -148,7 +148,10 @@ def _why_not_found(wanted: str, place: Path) -> str:
     mine = [name for name in prepared if name.partition("/")[0].partition(":")[0] == base]
     if mine:
         return f"corpus.path = '{PREFIX}{wanted}': {place} holds {', '.join(mine[:5])}"
-    names = tfds.list_builders(with_community_datasets=False)
+    with_checksums = (Path(tfds.__file__).parent / "url_checksums").glob(
+        "*.txt"
+    )  # those whose code needs TensorFlow too
+    names = sorted({*tfds.list_builders(with_community_datasets=False), *(path.stem for path in with_checksums)})
     if base in names:
         return (
             f"corpus.path = '{PREFIX}{wanted}' is not prepared in {place} (corpus.data_dir); where there is a network: "

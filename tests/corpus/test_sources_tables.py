@@ -44,7 +44,7 @@ def write(path: Path, rows: pa.Table, each: int, file_format: bool = False) -> P
 
 
 def save_to_disk(directory: Path, texts: list[str], files: int) -> Path:
-    """What `Dataset.save_to_disk` of Hugging Face `datasets` writes, as its version 4 does."""
+    """What `Dataset.save_to_disk` of Hugging Face `datasets` writes, as its version 5 does."""
     directory.mkdir(parents=True)
     names = [f"data-{i:05d}-of-{files:05d}.arrow" for i in range(files)]
     for i, name in enumerate(names):

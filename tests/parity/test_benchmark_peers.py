@@ -17,6 +17,7 @@ pytestmark = pytest.mark.parity
 TINY = dict(layers=1, hidden=24, heads=3, vocabulary=150, length=16, rows=2, peers=("eager",), rounds=1, warmup=0)
 
 
+@pytest.mark.slow
 def test_updates_of_bert_with_and_without_the_gather():
     result = cpu_bert.run(cpu_bert.Settings(**TINY))
     losses = result.facts["losses"]
@@ -25,6 +26,7 @@ def test_updates_of_bert_with_and_without_the_gather():
     assert result.facts["gflop"]["full_head"] > result.facts["gflop"]["ours"]
 
 
+@pytest.mark.slow
 def test_updates_of_gpt():
     result = cpu_gpt.run(cpu_gpt.Settings(**TINY))
     assert set(result.facts["losses"]) == {"ours", "eager"} and set(result.ratios) == {"eager"}

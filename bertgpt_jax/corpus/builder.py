@@ -22,6 +22,15 @@ from bertgpt_jax.corpus.duplicates import DUPLICATES, ensure_duplicates, remove_
 from bertgpt_jax.corpus.files import SourceFile, check_unchanged
 from bertgpt_jax.corpus.kinds import load_tokenizer, open_tokenizer, train_tokenizer
 from bertgpt_jax.corpus.memory import peak_resident_bytes
+from bertgpt_jax.corpus.places import (
+    BucketPath,
+    Place,
+    find_place,
+    is_empty,
+    remove_leftovers,
+    remove_tree,
+    write_whole,
+)
 from bertgpt_jax.corpus.plan import Plan, find_request, make_plan, plan_to_json
 from bertgpt_jax.corpus.pool import Pool
 from bertgpt_jax.corpus.reader import FORMAT_VERSION, MANIFEST, CorpusReader, content_fingerprint, read_manifest
@@ -36,6 +45,8 @@ PLAN_FILE = "plan.json"
 _COLUMNS = ("documents", "train_documents", "tokens", "train_tokens", "bytes", "train_bytes", "sentences", "unknown")
 
 Report = Callable[[str], None]
+Elsewhere = Callable[[Place, list[int]], int]
+"""Tokenises the shards of a planned corpus on other machines; returns the most resident bytes of a worker."""
 
 
 def open_corpus(config: CorpusConfig, cache_root: str | Path, progress: bool | Report = True) -> CorpusReader:
@@ -54,29 +65,37 @@ def open_corpus(config: CorpusConfig, cache_root: str | Path, progress: bool | R
     return CorpusReader(_build(config, files, request, Path(cache_root) / request[:12], progress))
 
 
-def prepare_corpus(config: CorpusConfig, out: str | Path, progress: bool | Report = True) -> Path:
+def prepare_corpus(
+    config: CorpusConfig, out: str | Path, progress: bool | Report = True, elsewhere: Elsewhere | None = None
+) -> Place:
     """Makes the tokenised corpus `out`; returns at once if it is there, continues if it is half there.
 
     Args:
+        out: a directory, or an address in a bucket.
         progress: a bar on a terminal (lines elsewhere) and a closing report; a function gets the report's lines.
+        elsewhere: tokenises the shards, instead of processes of this machine.
 
     Raises:
         ConfigError: `out` holds a corpus of other settings; the source path is wrong.
         DataError: a source or tokenizer file is damaged, or no document is left after cleaning.
         StorageError: something cannot be read or written. PeerError: a worker died.
     """
-    config = spooled(config, Path(out).absolute().parent)
-    return _build(config, *find_request(config), Path(out), progress)
+    place = find_place(out)
+    if isinstance(place, Path):
+        config = spooled(config, place.absolute().parent)
+    elif config.filters.duplicates == "drop":
+        raise ConfigError(f"corpus.filters.duplicates = 'drop': its index cannot lie in {out}; prepare to a directory")
+    return _build(config, *find_request(config), place, progress, elsewhere)
 
 
-def prepared_path(config: CorpusConfig) -> Path | None:
+def prepared_path(config: CorpusConfig) -> Place | None:
     """The prepared corpus that a config names; None if it names text. DataError if it is unfinished."""
     if not isinstance(config.path, str) or not config.path:
         return None
-    path = Path(config.path).expanduser()
+    path = find_place(config.path)
     if (path / MANIFEST).is_file():
         return path
-    if (path / PLAN_FILE).is_file() and (path / "tokenizer").is_dir():
+    if (path / PLAN_FILE).is_file() and (path / "tokenizer" / CONFIG_FILE).is_file():
         read_manifest(path)  # says that it is unfinished
     return None
 
@@ -91,25 +110,30 @@ def _check_tokenizer(reader: CorpusReader, config: CorpusConfig) -> None:
 
 
 def _build(
-    config: CorpusConfig, files: tuple[SourceFile, ...], request: str, out: Path, progress: bool | Report
-) -> Path:
+    config: CorpusConfig,
+    files: tuple[SourceFile, ...],
+    request: str,
+    out: Place,
+    progress: bool | Report,
+    elsewhere: Elsewhere | None = None,
+) -> Place:
     report = progress if callable(progress) else _print_line if progress else lambda line: None
     if (out / MANIFEST).is_file():
         _check_same(read_manifest(out)["request"], request, out)
         return out
     if (out / PLAN_FILE).is_file():
         _check_same(_request_of(out / PLAN_FILE), request, out)
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif not is_empty(out):
         raise ConfigError(f"{out} exists and is no tokenised corpus; choose an empty directory")
     plan = make_plan(config, files, request)
     if config.filters.duplicates == "drop":
-        plan = dataclasses.replace(plan, duplicates=str((out / DUPLICATES).absolute()))
+        plan = dataclasses.replace(plan, duplicates=str((Path(out) / DUPLICATES).absolute()))
     workers = plan.config.workers if plan.config.workers >= 0 else os.cpu_count() or 1
     workers = min(workers, len(plan.shards))
     try:
         out.mkdir(parents=True, exist_ok=True)
-        _write_atomically(out / PLAN_FILE, plan_to_json(plan))
-        _remove_leftovers(out)
+        write_whole(out / PLAN_FILE, plan_to_json(plan))
+        remove_leftovers(out)
     except OSError as error:
         raise StorageError(f"{out}: cannot be written ({error.strerror})") from None
     with ExitStack() as stack:
@@ -117,14 +141,14 @@ def _build(
         if plan.duplicates and not all(_finished(plan, out, i) for i in range(len(plan.shards))):
             ensure_duplicates(plan, out, pool, report)
         tokenizer = _ensure_tokenizer(plan, out, pool, report)
-        work = _tokenise_missing(plan, out, tokenizer, pool, show=progress is True, report=report)
+        work = _tokenise_missing(plan, out, tokenizer, elsewhere or pool, show=progress is True, report=report)
     manifest = _manifest(plan, out, tokenizer)
     if not sum(manifest["shards"]["documents"]):
         raise DataError(nothing_left(plan.config.path, manifest["cleaning"]))
     for file in files:
         check_unchanged(file)
     remove_duplicates(out)
-    _write_atomically(out / MANIFEST, json.dumps(manifest, ensure_ascii=False) + "\n")
+    write_whole(out / MANIFEST, json.dumps(manifest, ensure_ascii=False) + "\n")
     for line in report_lines(manifest, work, out):
         report(line)
     return out
@@ -134,20 +158,14 @@ def _print_line(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, "utf-8")
-    os.replace(temporary, path)
-
-
-def _request_of(path: Path) -> str:
+def _request_of(path: Place) -> str:
     try:
         return json.loads(path.read_text())["request"]
     except (OSError, ValueError, KeyError):
         raise StorageError(f"{path}: cannot be read; delete its directory and prepare again") from None
 
 
-def _check_same(found: str, request: str, out: Path) -> None:
+def _check_same(found: str, request: str, out: Place) -> None:
     if found != request:
         raise ConfigError(
             f"{out} holds a corpus of other sources or settings ({found[:12]}, asked for {request[:12]}); "
@@ -155,28 +173,10 @@ def _check_same(found: str, request: str, out: Path) -> None:
         )
 
 
-def _remove_leftovers(out: Path) -> None:
-    """Deletes temporary directories whose process is gone."""
-    for path in out.glob(".*"):
-        pid = path.name.rpartition(".")[2]
-        if pid.isdigit() and int(pid) != os.getpid() and not _alive(int(pid)):
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
-
-
 # ---------------------------------------------------------------- tokenizer
 
 
-def _ensure_tokenizer(plan: Plan, out: Path, pool: Pool | None, report: Report) -> Tokenizer:
+def _ensure_tokenizer(plan: Plan, out: Place, pool: Pool | None, report: Report) -> Tokenizer:
     """The tokenizer in `out/tokenizer`: there already, loaded, or trained on the train documents."""
     target = out / "tokenizer"
     if (target / CONFIG_FILE).is_file():
@@ -191,13 +191,17 @@ def _ensure_tokenizer(plan: Plan, out: Path, pool: Pool | None, report: Report) 
         tokenizer = train_tokenizer(texts, plan.config.tokenizer)
         seconds = time.monotonic() - started
         report(f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} pieces, trained in {seconds:.1f} s")
+    if isinstance(target, BucketPath):
+        tokenizer.save(target)
+        return tokenizer
     temporary = target.with_name(f".tokenizer.{os.getpid()}")
     tokenizer.save(temporary)
     try:
         os.rename(temporary, target)
-    except OSError:
+    except OSError:  # another process was first
         shutil.rmtree(temporary, ignore_errors=True)
-    return load_tokenizer(target)
+        return load_tokenizer(target)
+    return tokenizer
 
 
 def _why_no_text(plan: Plan) -> str:
@@ -224,22 +228,26 @@ def sample_texts(plan: Plan, pool: Pool | None, max_bytes: int, max_documents: i
 
 
 def _tokenise_missing(
-    plan: Plan, out: Path, tokenizer: Tokenizer, pool: Pool | None, show: bool, report: Report
+    plan: Plan, out: Place, tokenizer: Tokenizer, means: Pool | Elsewhere | None, show: bool, report: Report
 ) -> Work:
-    """Tokenises the shards that are not finished."""
+    """Tokenises the shards that are not finished, large ones first, by the means given or in this process."""
     count = len(plan.shards)
     missing = [i for i in range(count) if not _finished(plan, out, i)]
+    missing.sort(key=plan.shard_size, reverse=True)
     if len(missing) < count:
         report(f"continuing: {count - len(missing)} of {count} shards are finished")
     size, peak, started = 0, 0, time.monotonic()
     bar = tqdm(total=len(missing), unit="shard", disable=not (show and sys.stderr.isatty()), desc="tokenising")
     with bar:
-        if pool is None:
+        if means is None:
             for index in missing:
                 tokenise_shard(plan, index, tokenizer, out)
                 bar.update()
+        elif callable(means):
+            peak = means(out, missing) if missing else 0
+            bar.update(len(missing))
         else:
-            for _, answer in pool.run(({"tokenise": i} for i in missing), lambda a: "done" in a):
+            for _, answer in means.run(({"tokenise": i} for i in missing), lambda a: "done" in a):
                 size += answer.get("progress", 0)
                 bar.set_postfix_str(f"{size / 1e6 / (time.monotonic() - started):.1f} MB/s", refresh=False)
                 if "done" in answer:
@@ -248,20 +256,20 @@ def _tokenise_missing(
     return Work(tuple(missing), time.monotonic() - started, peak, peak_resident_bytes())
 
 
-def _finished(plan: Plan, out: Path, index: int) -> bool:
+def _finished(plan: Plan, out: Place, index: int) -> bool:
     """Whether a shard is there; one that is damaged or of another request is removed."""
     directory = out / shard_name(index, len(plan.shards))
     row = read_done(directory)
     if row is not None and row.get("request") == plan.request:
         return True
-    shutil.rmtree(directory, ignore_errors=True)
+    remove_tree(directory)
     return False
 
 
 # ---------------------------------------------------------------- manifest
 
 
-def _manifest(plan: Plan, out: Path, tokenizer: Tokenizer) -> dict[str, Any]:
+def _manifest(plan: Plan, out: Place, tokenizer: Tokenizer) -> dict[str, Any]:
     rows = [read_done(out / shard_name(i, len(plan.shards))) or {} for i in range(len(plan.shards))]
     cleaning: Counter[str] = Counter()
     for row in rows:

@@ -15,7 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from etils import epath
+
 from bertgpt_jax.corpus.config import CorpusConfig
+from bertgpt_jax.corpus.remote import find_remote, is_remote, open_remote, remote_status
 from bertgpt_jax.corpus.stdin import refuse_stdin
 from bertgpt_jax.corpus.tables import TABLE_SUFFIXES, saved_files
 from bertgpt_jax.corpus.tfds import PREFIX, find_examples
@@ -58,20 +61,33 @@ class SourceFile:
 def open_bytes(path: str) -> Iterator[BinaryIO]:
     """Opens a file for reading, decompressing gzip by its first bytes; read errors become one-line errors."""
     try:
-        with open(path, "rb") as raw:
+        with _open(path) as raw:
             packed = raw.read(2) == b"\x1f\x8b"
             raw.seek(0)
             if packed:
                 with gzip.GzipFile(fileobj=raw) as stream:
                     yield stream
             else:
-                if path.endswith(".gz") and Path(path).stat().st_size:
+                if path.endswith(".gz") and raw.seek(0, os.SEEK_END):
                     raise DataError(f"{path} ends in .gz but is no gzip file: rename it or compress it again")
+                raw.seek(0)
                 yield raw
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{path}: damaged gzip file ({error}); fetch it again") from None
     except OSError as error:
         raise StorageError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def _open(path: str | Path) -> BinaryIO:
+    return open_remote(str(path)) if is_remote(path) else open(path, "rb")
+
+
+def _status(path: Path) -> tuple[int, int]:
+    """Bytes of a file, and when it was last written, in ns."""
+    if is_remote(path):
+        return remote_status(str(path))
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 # ---------------------------------------------------------------- discovery
@@ -112,7 +128,12 @@ def find_files(config: CorpusConfig) -> tuple[SourceFile, ...]:
 def _expand(pattern: str, config: CorpusConfig) -> list[Path]:
     if pattern.startswith(PREFIX):
         return find_examples(pattern, config.split, config.data_dir)
-    path = Path(pattern).expanduser()
+    if is_remote(pattern) and not pattern.startswith("file://"):
+        remote = find_remote(pattern)
+        if not remote:
+            raise ConfigError(f"corpus.path = '{pattern}': no file matches; pass an address, a directory or a glob")
+        return remote
+    path = Path("/" + pattern.removeprefix("file://").lstrip("/") if is_remote(pattern) else pattern).expanduser()
     try:
         if path.is_file():
             return [path]
@@ -169,8 +190,13 @@ def _source_file(path: Path, name: str, wanted: str) -> SourceFile:
     kind = wanted if wanted != "auto" else _detect(path, head)
     if kind not in _WITHOUT_TEXT:
         _check_text(path, head)
-    status = path.stat()
-    return SourceFile(str(path), name, kind, status.st_size, _digest(path, status.st_size), status.st_mtime_ns)
+    elif is_remote(path):
+        raise DataError(f"{path}: {kind} is read from this machine's files only; copy it here first")
+    try:
+        size, written = _status(path)
+        return SourceFile(str(path), name, kind, size, _digest(path, size), written)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 def _check_text(path: Path, head: bytes) -> None:
@@ -190,15 +216,15 @@ def check_unchanged(file: SourceFile) -> None:
     Raises:
         DataError: it has changed since, or is gone.
     """
-    path = Path(file.path)
+    path = epath.Path(file.path) if is_remote(file.path) else Path(file.path)
     try:
-        status = path.stat()
-        if (status.st_size, status.st_mtime_ns) == (file.size, file.mtime_ns):
+        size, written = _status(path)
+        if (size, written) == (file.size, file.mtime_ns):
             return
-        changed = status.st_size != file.size or _digest(path, status.st_size) != file.digest
-        now = f"it had {file.size:,} bytes and has {status.st_size:,}"
+        changed = size != file.size or _digest(path, size) != file.digest
+        now = f"it had {file.size:,} bytes and has {size:,}"
     except OSError as error:
-        changed, now = True, f"now: {error.strerror}"
+        changed, now = True, f"now: {error.strerror or error}"
     if changed:
         raise DataError(f"{file.path} changed while it was read ({now}); prepare from a copy that nothing writes to")
 
@@ -223,7 +249,7 @@ def _detect(path: Path, head: bytes) -> str:
 def _digest(path: Path, size: int) -> str:
     """blake2b of a file, or of 16 of its blocks if it is large; hex."""
     digest = hashlib.blake2b(str(size).encode(), digest_size=16)
-    with open(path, "rb") as stream:
+    with _open(path) as stream:
         if size <= _WHOLE_DIGEST:
             for block in iter(lambda: stream.read(_BLOCK), b""):
                 digest.update(block)

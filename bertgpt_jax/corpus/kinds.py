@@ -14,6 +14,7 @@ from bertgpt_jax.corpus.config import (
     TokenizerConfig,
     WordPieceConfig,
 )
+from bertgpt_jax.corpus.places import Place, find_place, local_copy
 from bertgpt_jax.corpus.sentence_piece import load_sentencepiece, train_sentencepiece
 from bertgpt_jax.corpus.tokenizer import CONFIG_FILE, Tokenizer, read_json
 from bertgpt_jax.corpus.wordpiece import load_wordpiece, train_wordpiece
@@ -35,7 +36,11 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
 
 def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
     """The tokenizer `config.path` names: one saved by us, or published files."""
-    path = Path(config.path).expanduser()
+    with local_copy(find_place(config.path)) as path:
+        return _open(config, path)
+
+
+def _open(config: TokenizerConfig, path: Path) -> Tokenizer:
     if (path / CONFIG_FILE).is_file() and "format_version" in read_json(path / CONFIG_FILE):
         tokenizer = load_tokenizer(path)
         if tokenizer.kind != config.kind:
@@ -52,13 +57,17 @@ def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
             return load_characters(path)
 
 
-def load_tokenizer(directory: str | Path) -> Tokenizer:
+def load_tokenizer(directory: str | Place) -> Tokenizer:
     """A tokenizer that `Tokenizer.save` wrote.
 
     Raises:
         ConfigError, DataError: the directory holds none, or a file is damaged.
     """
-    directory = Path(directory)
+    with local_copy(find_place(directory)) as path:
+        return _load(path)
+
+
+def _load(directory: Path) -> Tokenizer:
     settings = read_json(directory / CONFIG_FILE)
     kind = settings.get("kind")
     if kind == "wordpiece":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import Any
 
 from bertgpt_jax.config import build, fingerprint, identity
@@ -13,6 +12,7 @@ from bertgpt_jax.corpus.config import CorpusConfig
 from bertgpt_jax.corpus.cuts import cut_source
 from bertgpt_jax.corpus.files import SourceFile, find_files
 from bertgpt_jax.corpus.kinds import open_tokenizer
+from bertgpt_jax.corpus.places import Place
 
 FORMAT_VERSION = 1
 MIN_SHARD_BYTES = 4_000_000
@@ -92,7 +92,7 @@ def plan_to_json(plan: Plan) -> str:
     return json.dumps(tree) + "\n"
 
 
-def plan_from_json(path: Path) -> Plan:
+def plan_from_json(path: Place) -> Plan:
     """A plan that `plan_to_json` wrote to `path`."""
     tree: dict[str, Any] = json.loads(path.read_text())
     return Plan(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bertgpt_jax import errors
+from bertgpt_jax.corpus.places import Place
 from bertgpt_jax.errors import PeerError, UserError
 
 _PACKAGE_ROOT = str(Path(__file__).parents[2])
@@ -21,7 +22,7 @@ _PACKAGE_ROOT = str(Path(__file__).parents[2])
 class Pool:
     """Processes that answer commands (`corpus/worker.py`); a context manager that ends them."""
 
-    def __init__(self, workers: int, plan_file: Path, out: Path):
+    def __init__(self, workers: int, plan_file: Place, out: Place):
         environment = dict(os.environ, TOKENIZERS_PARALLELISM="false", PYTHONIOENCODING="utf-8")
         inherited = [environment["PYTHONPATH"]] if environment.get("PYTHONPATH") else []
         environment["PYTHONPATH"] = os.pathsep.join([_PACKAGE_ROOT, *inherited])

@@ -6,14 +6,13 @@ import json
 import threading
 from collections import OrderedDict
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorstore
 
 from bertgpt_jax.config import fingerprint
 from bertgpt_jax.corpus.kinds import load_tokenizer
+from bertgpt_jax.corpus.places import BucketPath, Place, array_context, find_place
 from bertgpt_jax.corpus.special import SpecialIds
 from bertgpt_jax.corpus.store import (
     ARRAYS,
@@ -44,13 +43,13 @@ MANIFEST = "manifest.json"
 _OPEN_SHARDS = 256
 
 
-def read_manifest(path: str | Path) -> dict[str, Any]:
+def read_manifest(path: str | Place) -> dict[str, Any]:
     """The manifest of a tokenised corpus, its version checked.
 
     Raises:
         DataError: there is none, it is damaged, or of a newer format.
     """
-    file = Path(path) / MANIFEST
+    file = find_place(path) / MANIFEST
     try:
         manifest = json.loads(file.read_text("utf-8"))
     except FileNotFoundError:
@@ -76,7 +75,7 @@ class CorpusReader(Corpus):
     """A tokenised corpus on disk (`corpus/view.py` says what it offers); safe to use from several threads.
 
     Args:
-        path: the corpus directory.
+        path: the corpus directory, or its address in a bucket.
         memory_budget: bytes. Tokens that fit (and flags, if they fit as well) are read whole at first use; else decoded
             chunks are cached, least recently used out first.
 
@@ -84,8 +83,8 @@ class CorpusReader(Corpus):
         DataError: no manifest, shards missing, tokenizer or content other than the manifest says.
     """
 
-    def __init__(self, path: str | Path, memory_budget: int = 2 << 30):
-        self.path = Path(path)
+    def __init__(self, path: str | Place, memory_budget: int = 2 << 30):
+        self.path = find_place(path)
         self.manifest = read_manifest(self.path)
         columns = {name: values for name, values in self.manifest["shards"].items() if name != "sha256"}
         self._shards = {name: np.array(values, np.int64) for name, values in columns.items()}
@@ -98,7 +97,7 @@ class CorpusReader(Corpus):
         if content_fingerprint(self.manifest) != self.fingerprint:
             raise DataError(f"{self.path / MANIFEST}: fingerprint and shards disagree; prepare the corpus again")
         self._check_present()
-        self._context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 0}})
+        self._context = array_context(cache_bytes=0)
         self._opened: OrderedDict[int, ShardArrays] = OrderedDict()
         self._lock = threading.RLock()
         token_bytes = int(self.token_base[-1]) * token_dtype(self.vocab_size).itemsize
@@ -112,6 +111,8 @@ class CorpusReader(Corpus):
         return _Resident(self, name) if fits else _Cached(self, name, budget)
 
     def _check_present(self) -> None:
+        if isinstance(self.path, BucketPath):  # a listing may take minutes; a missing shard is found when it is opened
+            return
         try:
             present = {entry.name for entry in self.path.iterdir()}
         except OSError as error:
@@ -149,7 +150,7 @@ class CorpusReader(Corpus):
                 self._opened.popitem(last=False)
             return self._opened[index]
 
-    def _check_shard(self, directory: Path, index: int) -> None:
+    def _check_shard(self, directory: Place, index: int) -> None:
         """That a directory holds the shard the manifest means, not another one under its name."""
         try:
             found = json.loads((directory / "done.json").read_text()).get("sha256")

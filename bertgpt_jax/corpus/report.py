@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from bertgpt_jax.corpus.cleaning import CHANGES, DROPS
+from bertgpt_jax.corpus.places import Place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Work:
     parent_peak: int
 
 
-def report_lines(manifest: dict[str, Any], work: Work, out: Path) -> list[str]:
+def report_lines(manifest: dict[str, Any], work: Work, out: Place) -> list[str]:
     """The closing report, a line each for documents, what was dropped and changed, sentences, tokens, speed, memory."""
     totals, cleaning, shards = manifest["totals"], manifest["cleaning"], manifest["shards"]
     tokens = totals["tokens"] - totals["documents"]

@@ -13,13 +13,14 @@ from bertgpt_jax.corpus.chinese import join_words
 from bertgpt_jax.corpus.cleaning import clean
 from bertgpt_jax.corpus.config import CorpusConfig, HashSplit
 from bertgpt_jax.corpus.files import check_unchanged
+from bertgpt_jax.corpus.places import Place
 from bertgpt_jax.corpus.plan import Plan
 from bertgpt_jax.corpus.sentences import split_sentences
 from bertgpt_jax.corpus.sources import WRAPPED_FORMATS, RawDocument, read_documents
 from bertgpt_jax.corpus.store import shard_name, token_dtype, write_shard
 from bertgpt_jax.corpus.tokenizer import Tokenizer
 from bertgpt_jax.corpus.view import ragged_index
-from bertgpt_jax.errors import DataError, StorageError
+from bertgpt_jax.errors import DataError
 
 _BATCH_CHARACTERS = 500_000
 """Text tokenised at a time."""
@@ -99,7 +100,7 @@ def _raw_documents(plan: Plan, index: int) -> Iterator[tuple[int, RawDocument]]:
         try:
             for raw in read_documents(file, piece.lo, piece.hi, *fields):
                 yield piece.file, raw
-        except (DataError, StorageError):
+        except DataError:
             check_unchanged(file)  # a file that something writes to may look damaged
             raise
 
@@ -141,7 +142,7 @@ def sample_shard(plan: Plan, index: int, max_bytes: int, max_documents: int) -> 
 
 
 def tokenise_shard(
-    plan: Plan, index: int, tokenizer: Tokenizer, out: Path, progress: Callable[[int], None] = lambda size: None
+    plan: Plan, index: int, tokenizer: Tokenizer, out: Place, progress: Callable[[int], None] = lambda size: None
 ) -> None:
     """Writes shard `index` of the corpus `out`, with its counts in `done.json`.
 

@@ -19,11 +19,11 @@ import hashlib
 import json
 import os
 import shutil
-from pathlib import Path
 
 import numpy as np
 import tensorstore
 
+from bertgpt_jax.corpus.places import SHARED, BucketPath, Place, kvstore, write_whole
 from bertgpt_jax.errors import DataError, StorageError
 
 CHUNK = 8192
@@ -54,12 +54,15 @@ def content_sha256(arrays: dict[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def write_shard(directory: Path, arrays: dict[str, np.ndarray], row: dict) -> None:
+def write_shard(directory: Place, arrays: dict[str, np.ndarray], row: dict) -> None:
     """Writes a shard to a temporary directory beside `directory`, then renames it: it is there whole or not at all.
 
     `row` goes to `done.json` with the arrays' sha256. Where another process has finished the same shard meanwhile,
-    its copy stays.
+    its copy stays. In a bucket the arrays are written where they stay, and `done.json` makes them a shard.
     """
+    if isinstance(directory, BucketPath):
+        _write_objects(directory, arrays, row)
+        return
     temporary = directory.with_name(f".{directory.name}.{os.getpid()}")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -81,7 +84,17 @@ def write_shard(directory: Path, arrays: dict[str, np.ndarray], row: dict) -> No
         raise StorageError(f"{directory}: cannot be written ({error.strerror or error})") from None
 
 
-def read_done(directory: Path) -> dict | None:
+def _write_objects(directory: BucketPath, arrays: dict[str, np.ndarray], row: dict) -> None:
+    try:
+        for name in ARRAYS:
+            _create(directory / name, arrays[name])
+    except OSError as error:
+        raise StorageError(f"{directory}: cannot be written ({error.strerror})") from None
+    done = row | {"sha256": content_sha256(arrays)}
+    write_whole(directory / "done.json", json.dumps(done, sort_keys=True) + "\n")
+
+
+def read_done(directory: Place) -> dict | None:
     """The row of a finished shard; None if it is not there or not whole."""
     try:
         row = json.loads((directory / "done.json").read_text())
@@ -89,10 +102,12 @@ def read_done(directory: Path) -> dict | None:
         return None
     if not isinstance(row, dict) or "sha256" not in row:
         return None
+    if isinstance(directory, BucketPath):  # it was written after everything else
+        return row
     return row if all((directory / name / "zarr.json").is_file() for name in ARRAYS) else None
 
 
-def _create(path: Path, array: np.ndarray) -> None:
+def _create(path: Place, array: np.ndarray) -> None:
     """A one-dimensional zarr3 array: outer chunks (files) of up to 4M values, inner chunks of 8,192."""
     chunks = min(_SHARD_CHUNKS, max(1, -(-len(array) // CHUNK)))
     raw = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
@@ -102,7 +117,7 @@ def _create(path: Path, array: np.ndarray) -> None:
     sharding = {"chunk_shape": [CHUNK], "codecs": raw, "index_codecs": index}
     spec = {
         "driver": "zarr3",
-        "kvstore": {"driver": "file", "path": str(path.absolute()) + "/"},
+        "kvstore": kvstore(path),
         "metadata": {
             "shape": [len(array)],
             "data_type": array.dtype.name,
@@ -110,9 +125,10 @@ def _create(path: Path, array: np.ndarray) -> None:
             "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
         },
         "create": True,
+        "open": True,  # in a bucket another process may be writing the same values
     }
     try:
-        target = tensorstore.open(spec).result()
+        target = tensorstore.open(spec, context=SHARED).result()
         if len(array):
             target.write(array).result()
     except ValueError as error:
@@ -126,16 +142,15 @@ class ShardArrays:
         DataError: an array is missing, has another length than the manifest says, or fails its checksum.
     """
 
-    def __init__(self, directory: Path, lengths: dict[str, int], context: tensorstore.Context):
+    def __init__(self, directory: Place, lengths: dict[str, int], context: tensorstore.Context):
         self._directory, self._lengths, self._context = directory, lengths, context
         self._open: dict[str, tensorstore.TensorStore] = {}
 
     def _array(self, name: str) -> tensorstore.TensorStore:
         if name not in self._open:
-            kvstore = {"driver": "file", "path": str((self._directory / name).absolute()) + "/"}
             try:
                 found = tensorstore.open(
-                    {"driver": "zarr3", "kvstore": kvstore, "recheck_cached_data": False},
+                    {"driver": "zarr3", "kvstore": kvstore(self._directory / name), "recheck_cached_data": False},
                     open=True, read=True, context=self._context,
                 ).result()  # fmt: skip
             except ValueError as error:

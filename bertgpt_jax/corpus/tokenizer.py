@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bertgpt_jax.corpus.places import Place, find_place
 from bertgpt_jax.corpus.special import SpecialIds
 from bertgpt_jax.corpus.view import SENTENCE_START, WORD_START
 from bertgpt_jax.errors import ConfigError, DataError, StorageError
@@ -127,9 +128,9 @@ class Tokenizer:
                 raise DataError(f"id {i} at position {position} is outside the vocabulary 0..{self.vocab_size - 1}")
         return plain
 
-    def save(self, directory: str | Path) -> None:
+    def save(self, directory: str | Place) -> None:
         """Writes the canonical files, the config last."""
-        directory = Path(directory)
+        directory = find_place(directory)
         directory.mkdir(parents=True, exist_ok=True)
         for name in sorted(self.files, key=lambda n: n == CONFIG_FILE):
             (directory / name).write_bytes(self.files[name])

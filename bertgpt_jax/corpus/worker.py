@@ -18,11 +18,11 @@ import json
 import os
 import sys
 import traceback
-from pathlib import Path
 
 from bertgpt_jax.corpus.duplicates import hash_shard
 from bertgpt_jax.corpus.kinds import load_tokenizer
 from bertgpt_jax.corpus.memory import peak_resident_bytes
+from bertgpt_jax.corpus.places import Place, find_place
 from bertgpt_jax.corpus.plan import Plan, plan_from_json
 from bertgpt_jax.corpus.shards import sample_shard, tokenise_shard
 from bertgpt_jax.corpus.tokenizer import Tokenizer
@@ -31,7 +31,7 @@ from bertgpt_jax.errors import UserError
 
 def main() -> int:
     """Answers commands until the input ends."""
-    plan, out = plan_from_json(Path(sys.argv[1])), Path(sys.argv[2])
+    plan, out = plan_from_json(find_place(sys.argv[1])), find_place(sys.argv[2])
     gc.disable()  # a third of the time: it goes through lists of words again and again, and nothing here makes cycles
     parent = os.getppid()
     tokenizer: Tokenizer | None = None
@@ -53,7 +53,7 @@ def main() -> int:
     return 0
 
 
-def _tokenise(plan: Plan, index: int, tokenizer: Tokenizer, out: Path, parent: int) -> None:
+def _tokenise(plan: Plan, index: int, tokenizer: Tokenizer, out: Place, parent: int) -> None:
     def progress(size: int) -> None:
         if os.getppid() != parent:
             os._exit(0)

@@ -200,6 +200,7 @@ def test_it_sorts_everything(nano) -> None:
     assert np.array_equal(tokens[:, 6:], np.sort(inputs, 1))
 
 
+@pytest.mark.slow
 def test_it_becomes_a_workdir_and_a_gpt2(nano, in_process, tmp_path) -> None:
     import_model(nano, str(tmp_path / "run"))
     assert equal(open_source(str(tmp_path / "run")), nano)

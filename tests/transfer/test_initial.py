@@ -66,7 +66,7 @@ def initial_params(place: Path, tmp_path: Path, *overrides: str, init_from: str 
     return resolved, flatten(jax.device_get(initial.place(program.init()["params"])))
 
 
-@pytest.mark.parametrize("init_from", ["hf", "run"])
+@pytest.mark.parametrize("init_from", ["hf", pytest.param("run", marks=pytest.mark.slow)])
 def test_sizes_tokenizer_and_parameters_are_the_models(place, tmp_path, init_from: str) -> None:
     resolved, params = initial_params(place, tmp_path, "model.hidden_dropout=0.3", init_from=init_from)
     old = load_model(str(place / init_from))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from bertgpt_jax.commands.common import command_parser, run_command
@@ -18,21 +21,33 @@ examples:
   tools/prepare.py stdlib --out /tmp/corpus tokenizer.vocab_size=8000
   tools/prepare.py wiki/*.gz --out wiki.corpus tokenizer.path=bert-base-uncased/vocab.txt
   tools/prepare.py books.jsonl --out books tokenizer.kind=byte_bpe text_field=body workers=8
+  tools/prepare.py tfds:wikipedia/20230601.en --out en split=train[:10%] data_dir=/data/tfds filters.duplicates=drop
+  tools/prepare.py rows.parquet saved_dataset/ --out c filters.language_field=lang 'filters.languages=["en"]'
+  zstd -dc pile.txt.zst | tools/prepare.py - --out pile
+  tools/prepare.py gs://bucket/wiki --out gs://bucket/wiki.corpus --runner dataflow -- --project=P --region=R
   tools/prepare.py --check wiki.corpus
 
 then train on it with corpus.path=wiki.corpus. Without --out the settings are printed and nothing is written."""
 
 
+_RUNNERS = ("local", "direct", "dataflow", "spark", "flink")
+_RUNNER_HELP = "local: a process a core; the others: Apache Beam, with its own options after `--`"
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     parser = command_parser("prepare", _DESCRIPTION, _EPILOG)
-    items_help = "files, directories, globs or 'stdlib'; and settings"
+    items_help = "files, directories, globs, 'tfds:NAME', 'stdlib' or '-'; and settings"
     parser.add_argument("items", nargs="*", metavar="SOURCE|key=value", help=items_help)
-    parser.add_argument("--out", type=Path, metavar="DIR", help="the corpus to write")
+    parser.add_argument("--out", metavar="DIR", help="the corpus to write: a directory, gs:// or s3://")
     parser.add_argument("--config", type=Path, metavar="FILE", help="JSON of corpus settings to start from")
-    parser.add_argument("--check", type=Path, metavar="DIR", help="read a corpus whole and compare every sha256")
+    parser.add_argument("--check", metavar="DIR", help="read a corpus whole and compare every sha256")
+    parser.add_argument("--runner", choices=_RUNNERS, default="local", help=_RUNNER_HELP)
     parser.add_argument("--quiet", action="store_true", help="no progress, no report")
-    return run_command(_prepare, parser, argv)
+    given = sys.argv[1:] if argv is None else argv
+    split = given.index("--") if "--" in given else len(given)
+    parser.set_defaults(beam_options=tuple(given[split + 1 :]))
+    return run_command(_prepare, parser, given[:split])
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
@@ -61,6 +76,18 @@ def _prepare(arguments: argparse.Namespace) -> int:
     if arguments.out is None:
         print(to_json(config), end="")
         return 0
-    prepare_corpus(config, arguments.out, progress=not arguments.quiet)
+    elsewhere = _elsewhere(arguments, config.workers)
+    prepare_corpus(config, arguments.out, progress=not arguments.quiet, elsewhere=elsewhere)
     print(arguments.out)
     return 0
+
+
+def _elsewhere(arguments: argparse.Namespace, workers: int) -> Callable | None:
+    """What tokenises the shards in place of this machine's process pool, if anything."""
+    if arguments.runner == "local":
+        if arguments.beam_options:
+            raise UsageError(f"{arguments.beam_options[0]} after '--' is for Apache Beam; pass --runner as well")
+        return None
+    from bertgpt_jax.corpus.beam import tokenise_shards
+
+    return functools.partial(tokenise_shards, runner=arguments.runner, options=arguments.beam_options, workers=workers)

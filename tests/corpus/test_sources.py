@@ -47,6 +47,16 @@ def test_separator_parts_documents(tmp_path):
     assert texts(documents(path, "text", "<|endoftext|>")) == ["Once.\n\nTwice.", "Thrice."]
 
 
+@pytest.mark.parametrize("target", [1 << 40, 1 << 20])
+def test_a_line_of_ten_megabytes(target, tmp_path):
+    """A document is never cut, however long its line."""
+    line = "word " * 2_000_000
+    (tmp_path / "a.txt").write_text(f"before\n\n{line}x\n\nafter\n")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": line + "x"}) + '\n{"text": "after"}\n')
+    assert texts(documents(tmp_path / "a.txt", target=target)) == ["before", line + "x", "after"]
+    assert texts(documents(tmp_path / "a.jsonl", target=target)) == [line + "x", "after"]
+
+
 def test_file_keeps_every_byte(tmp_path):
     path = tmp_path / "play.txt.gz"
     path.write_bytes(gzip.compress(b"First Citizen:\n\nSpeak.\n"))

@@ -4,8 +4,8 @@ Every row calls a command's `main` in this process. The number of a row is that 
 Rows of that list that have no place here:
     25 is in tests/training/test_storage.py too; 28 (`init_from` beside checkpoints): there is no `init_from` yet;
     30 (versions that do not go together): tests/commands/test_doctor.py;
-    31-33 (names and splits of published data sets), 37-39 for ArrayRecord files: only text is read so far; 37 to 39 are
-        here for gzip files and for our own store;
+    31-33 (names and splits of published data sets): test_bad_sources.py, as are 34, 36-40, 42 and 44 for TFDS, tables,
+        filters and standard input; 37 to 39 are here for gzip files and for our own store;
     42 overlap of train and held-out text: equal documents fall on one side, tests/corpus;
     43 bytes that are cleaned rather than refused (BOM, CR LF, NUL): tests/corpus;
     49 all-padding rows have weight 0: tests/batches/test_dataset.py;

@@ -20,7 +20,7 @@ from bertgpt_jax.corpus import builder
 from bertgpt_jax.training import setup
 
 TINY = str(Path(__file__).parent / "tiny.py")
-DATA, CONFIG = 65, 78
+DATA, STORAGE, CONFIG = 65, 74, 78
 TRAIN_FILE = "made_up-train.array_record-00002-of-00004"
 
 # (row, command, arguments, exit code, what the line must hold). @ is the directory of the files made below.
@@ -181,15 +181,21 @@ def test_bad_source(command, arguments, code, said, files, tfds_data_dir, no_com
     assert not out.exists() or (command == "prepare" and not (out / "manifest.json").exists())
 
 
-@pytest.mark.parametrize("change", [lambda p: p.write_text("Something else."), Path.unlink])
-def test_a_source_that_changes_while_it_is_read(change, monkeypatch, no_compile, capsys, tmp_path):
+@pytest.mark.parametrize(
+    ("change", "code", "said"),
+    [
+        (lambda path: path.write_text("Something else."), DATA, "changed while it was read (it had "),
+        (Path.unlink, STORAGE, "cannot be read (No such file or directory)"),
+    ],
+)
+def test_a_source_that_changes_while_it_is_read(change, code, said, monkeypatch, no_compile, capsys, tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("\n\n".join(f"This is document {i}.\nIt has two sentences." for i in range(300)))
     real = builder._ensure_tokenizer
     monkeypatch.setattr(builder, "_ensure_tokenizer", lambda *a: (real(*a), change(path))[0])
     workdir = tmp_path / "runs" / "run"
     settings = [f"corpus.path={path}", "corpus.tokenizer.kind=characters", "--workdir", str(workdir)]
-    assert train.main([TINY, *settings]) == DATA
+    assert train.main([TINY, *settings]) == code
     line = error_line(capsys.readouterr().err)
-    assert f"{path} changed while it was read" in line
+    assert str(path) in line and said in line
     assert not workdir.exists()

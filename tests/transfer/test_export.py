@@ -8,7 +8,6 @@ import os
 import resource
 
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 from safetensors import safe_open
@@ -75,7 +74,7 @@ def test_bfloat16_is_the_rounded_source(source, in_process, tmp_path) -> None:
     export_hf(source, str(tmp_path / "out"), "bfloat16", reference="numpy")
     back = open_directory(tmp_path / "out")
     for path in source.leaves:
-        expected = source.read([path])[path].astype(ml_dtypes.bfloat16).astype(np.float32)
+        expected = source.read([path])[path].astype(jnp.bfloat16).astype(np.float32)
         assert np.array_equal(back.read([path])[path], expected), path
 
 
@@ -268,7 +267,7 @@ def test_npz_comes_back(source, tmp_path, dtype: str) -> None:
     with np.load(tmp_path / "out" / "params.npz", allow_pickle=False) as back:
         assert set(back.files) == set(source.leaves)
         for path in back.files:
-            array = back[path].view(ml_dtypes.bfloat16) if dtype == "bfloat16" else back[path]
+            array = back[path].view(jnp.bfloat16) if dtype == "bfloat16" else back[path]
             assert np.array_equal(array, source.read([path])[path].astype(jnp.dtype(dtype)))
     described = json.loads((tmp_path / "out" / "model.json").read_text())
     assert GptConfig.model_validate(described["model"]) == source.model_config

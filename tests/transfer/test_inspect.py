@@ -6,7 +6,7 @@ import dataclasses
 import json
 import shutil
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -89,7 +89,7 @@ def test_layers_apart_and_together_again(saved, source, tmp_path, capsys, dtype:
     assert loaded.tokenizer.sha256 == expected.tokenizer.sha256
     kernel = loaded.params["layers"]["attention"]["query"]["kernel"]
     wanted = expected.params["layers"]["attention"]["query"]["kernel"]
-    assert np.array_equal(kernel, wanted if dtype == "float32" else wanted.astype(ml_dtypes.bfloat16))
+    assert np.array_equal(kernel, wanted if dtype == "float32" else wanted.astype(jnp.bfloat16))
     assert open_source(together).leaves == source.leaves
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from bertgpt_jax.generation.continuation import check_lengths, right_aligned, rounded
 from bertgpt_jax.generation.decode import Decoder
 from bertgpt_jax.shapes import Array, PyTree
 
@@ -37,6 +40,31 @@ class Beams(NamedTuple):
 def length_penalty(length: Array | int, alpha: float) -> Array:
     """(5 + length)^alpha / 6^alpha (Wu et al. 2016, eq. 14); 1 for alpha 0: plain log-probability."""
     return ((5.0 + jnp.asarray(length, jnp.float32)) / 6.0) ** alpha
+
+
+def search(
+    decoder: Decoder,
+    params: PyTree,
+    prompts: Sequence[Sequence[int]],
+    beams: int,
+    max_new: int,
+    alpha: float = 0.6,
+    stop_ids: tuple[int, ...] = (),
+) -> list[list[tuple[list[int], float]]]:
+    """`beam_search` of prompts of different lengths: the (tokens, score) of each one's best continuations, best first.
+
+    Raises:
+        UsageError: a prompt with its continuation is longer than the context.
+    """
+    check_lengths(prompts, max_new, decoder.max_positions)
+    tokens_BT, starts_B = right_aligned(prompts)
+    slots = tokens_BT.shape[1] + rounded(max_new)
+    sizes = dict(slots=slots, beams=beams, max_new=max_new)
+    found = beam_search(decoder, params, tokens_BT, starts_B, **sizes, alpha=alpha, stop_ids=stop_ids)
+    return [
+        [(ids[:n].tolist(), float(score)) for ids, n, score in zip(*row, strict=True) if score > -np.inf]
+        for row in zip(*map(np.asarray, found), strict=True)
+    ]
 
 
 @partial(jax.jit, static_argnames=("decoder", "slots", "beams", "max_new", "stop_ids"))

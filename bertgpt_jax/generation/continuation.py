@@ -74,22 +74,24 @@ class Continuation:
     def run(
         self,
         prompts: Sequence[Sequence[int]],
-        numbers: Sequence[int] | None = None,
+        numbers: Sequence[tuple[int, int]] | None = None,
         watch: Callable[[int, list[int]], bool] | None = None,
     ) -> list[list[int]]:
         """The new tokens of each prompt, a stop token not included.
 
         Args:
             prompts: ids, at least one each.
-            numbers: of the rows among all that are asked for; draws depend on them (None: 0, 1, ...).
+            numbers: (prompt, sample) of each row among all that are asked for; with the seed and the row's own text
+                they are all that its draws depend on. None: (0, 0), (1, 0), ...
             watch: (row, new tokens) -> whether the row shall end here; called as tokens come.
 
         Raises:
             UsageError: a prompt with its continuation is longer than the context, and `slide` is off.
         """
-        self._check(prompts)
+        if not self.slide:
+            check_lengths(prompts, self.max_new, self.decoder.max_positions)
         rows = len(prompts)
-        numbers = range(rows) if numbers is None else numbers
+        numbers = [(row, 0) for row in range(rows)] if numbers is None else numbers
         texts, new = [list(map(int, prompt)) for prompt in prompts], [[] for _ in prompts]
         ended = [False] * rows
         state, capacity, drawn = None, 0, 0
@@ -112,28 +114,16 @@ class Continuation:
                             ended[row] = True
         return new
 
-    def _check(self, prompts: Sequence[Sequence[int]]) -> None:
-        longest = self.decoder.max_positions
-        for i, prompt in enumerate(prompts, start=1):
-            if len(prompt) + self.max_new - 1 > longest and not self.slide:
-                raise UsageError(
-                    f"prompt {i} has {len(prompt)} tokens, with {self.max_new} new ones more than the model's context "
-                    f"of {longest}; shorten it, ask for fewer, or let the context slide (--slide)"
-                )
-
-    def _begin(self, texts: list[list[int]], numbers: Sequence[int], drawn: int) -> tuple[State, np.ndarray, int]:
+    def _begin(
+        self, texts: list[list[int]], numbers: Sequence[tuple[int, int]], drawn: int
+    ) -> tuple[State, np.ndarray, int]:
         """Reads what the context holds of the texts: (state, first drawn token of each row, how many more fit)."""
         limit = self.decoder.max_positions
         read = [text if len(text) <= limit else text[-max(limit // 2, 1) :] for text in texts]
-        longest = max(map(len, read))
-        room = min(limit - longest, self.max_new - drawn - 1)
-        columns = _rounded(longest)
+        room = min(limit - max(map(len, read)), self.max_new - drawn - 1)
         rows = self._padded(len(texts))
-        tokens_BT, starts_B = np.zeros((rows, columns), np.int32), np.zeros(rows, np.int32)
-        for row in range(rows):  # rows that only fill the mesh repeat the others
-            ids = read[row % len(read)]
-            starts_B[row] = columns - len(ids)
-            tokens_BT[row, starts_B[row] :] = ids
+        read = [read[row % len(read)] for row in range(rows)]  # rows that only fill the mesh repeat the others
+        tokens_BT, starts_B = right_aligned(read)
         seen_BV = None
         if self.sampling.remembers:
             seen_BV = np.zeros((rows, self.decoder.vocab_size), bool)
@@ -142,11 +132,11 @@ class Continuation:
         state = _begin(
             self.decoder,
             self.sampling,
-            columns + _rounded(room),
+            tokens_BT.shape[1] + rounded(room),
             self.params,
             self._placed(tokens_BT),
             self._placed(starts_B),
-            row_keys(self.seed, np.resize(np.array(numbers, np.uint32), rows)),
+            row_keys(self.seed, np.resize(np.array(numbers, np.uint32), (rows, 2))),
             None if seen_BV is None else self._placed(seen_BV),
             np.int32(drawn),
             np.array(self.stop_ids, np.int32),
@@ -170,8 +160,29 @@ class Continuation:
         return jnp.asarray(array) if self.mesh is None else jax.device_put(array, sharding.batch_sharding(self.mesh))
 
 
-def _rounded(columns: int) -> int:
+def check_lengths(prompts: Sequence[Sequence[int]], max_new: int, context: int) -> None:
+    """Raises UsageError where a prompt and its continuation exceed the context; the last token needs no place."""
+    for i, prompt in enumerate(prompts, start=1):
+        if len(prompt) + max_new - 1 > context:
+            raise UsageError(
+                f"prompt {i} has {len(prompt):,} tokens, with {max_new:,} new ones more than the model's context of "
+                f"{context:,}; shorten it, ask for fewer (--max-new), or let the context slide (--slide)"
+            )
+
+
+def rounded(columns: int) -> int:
+    """The next multiple of `COLUMNS`."""
     return -(-columns // COLUMNS) * COLUMNS
+
+
+def right_aligned(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens int32 [B, T], columns int32 [B] at which they begin) of rows of ids, T a multiple of `COLUMNS`."""
+    columns = rounded(max(map(len, rows)))
+    tokens_BT = np.zeros((len(rows), columns), np.int32)
+    starts_B = np.array([columns - len(ids) for ids in rows], np.int32)
+    for row, start, ids in zip(tokens_BT, starts_B, rows, strict=True):
+        row[start:] = ids
+    return tokens_BT, starts_B
 
 
 def _until(tokens: np.ndarray, stop_ids: Collection[int]) -> tuple[list[int], bool]:

@@ -69,9 +69,10 @@ def choose(logits_BV: Array, sampling: Sampling, keys_B: Array, seen_BV: Array |
     return jax.vmap(jax.random.categorical)(keys_B, adjusted_BV).astype(jnp.int32)
 
 
-def row_keys(seed: int, numbers: Array) -> Array:
-    """A key a row from the row's number among all that are asked for, whatever batch it is computed in."""
-    return jax.vmap(lambda number: jax.random.fold_in(jax.random.key(seed), number))(jnp.asarray(numbers, jnp.uint32))
+def row_keys(seed: int, numbers_B2: Array) -> Array:
+    """A key a row from the row's two numbers (prompt, sample), whatever batch it is computed in."""
+    key = jax.random.key(seed)
+    return jax.vmap(lambda pair: jax.random.fold_in(jax.random.fold_in(key, pair[0]), pair[1]))(numbers_B2)
 
 
 def _keep(logits_BV: Array, least_B1: Array) -> Array:

@@ -15,7 +15,7 @@ from bertgpt_jax.transfer.families import family_of
 from bertgpt_jax.transfer.family import Family
 from bertgpt_jax.transfer.hf_directory import expected_shapes
 from bertgpt_jax.transfer.hf_tokenizer import roles_of, write_tokenizer
-from bertgpt_jax.transfer.model_card import model_card, redacted
+from bertgpt_jax.transfer.model_card import last_part, model_card, redacted
 from bertgpt_jax.transfer.names import Name
 from bertgpt_jax.transfer.source import Source, check_vocabulary
 from bertgpt_jax.transfer.target import building, write_json
@@ -112,7 +112,7 @@ def prove(
     ours = proving.our_outputs(source, rows, files, batch, layers)
     return {
         "format_version": 1,
-        "source": redacted(source.label),
+        "source": last_part(source.label),
         "step": source.step,
         "state_fingerprint": source.meta.get("state_fingerprint"),
         "bertgpt_jax": bertgpt_jax.__version__,

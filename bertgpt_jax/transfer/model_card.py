@@ -73,7 +73,7 @@ def _training(meta: dict[str, Any]) -> list[str]:
     corpus = run.get("corpus", {})
     if corpus.get("path"):
         paths = [corpus["path"]] if isinstance(corpus["path"], str) else corpus["path"]
-        names = [redacted(path).rstrip("/").rpartition("/")[2] for path in paths]
+        names = [last_part(path) for path in paths]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         lines.append(f"- text: {', '.join(names[:3])}{more}; tokenizer: {corpus.get('tokenizer', {}).get('kind')}")
     lines.append(f"- data fingerprint: `{meta.get('data_fingerprint')}`")
@@ -89,12 +89,21 @@ def _training(meta: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
-def redacted(value: Any) -> Any:
-    """A JSON tree with user information in addresses replaced."""
-    if isinstance(value, str):
-        head, mark, tail = value.partition("://")
-        user, at, rest = tail.partition("@")
-        return f"{head}://***@{rest}" if mark and at and "/" not in user else value
+def redacted(value: Any, key: str = "") -> Any:
+    """A JSON tree for others to see: of paths only the last part, of addresses no user information."""
     if isinstance(value, dict):
-        return {key: redacted(item) for key, item in value.items()}
-    return [redacted(item) for item in value] if isinstance(value, list | tuple) else value
+        return {name: redacted(item, name) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [redacted(item, key) for item in value]
+    if not isinstance(value, str):
+        return value
+    if key in ("path", "init_from", "general_text"):
+        return last_part(value)
+    head, mark, tail = value.partition("://")
+    user, at, rest = tail.partition("@")
+    return f"{head}://***@{rest}" if mark and at and "/" not in user else value
+
+
+def last_part(path: str) -> str:
+    """`wiki_00.gz` of `/data/wiki_00.gz`."""
+    return path.rstrip("/").rpartition("/")[2]

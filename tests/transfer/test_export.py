@@ -305,3 +305,15 @@ def test_programs_run_again_at_any_batch(configs, make_source, tmp_path, name: s
         for i in range(13):
             logits, cache = step(params, ids[:, i], cache)
             np.testing.assert_allclose(logits, ours[:, i], atol=1e-5)
+
+
+def test_no_directory_and_no_password_leaves(source, in_process, tmp_path) -> None:
+    """Paths of this machine and user information in addresses stay here."""
+    run = {"corpus": {"path": ["/home/me/a.txt", "gs://key@bucket/b.txt"]}, "stages": [], "init_from": "/home/me/hf"}
+    meta = {"config": run, "metrics": {"eval/loss": 1.5}, "data_fingerprint": "ab", "note": "https://me:secret@host/x"}
+    export_hf(names.dataclasses.replace(source, meta=meta, label="/home/me/run, step 7"), str(tmp_path / "out"),
+              reference="numpy")  # fmt: skip
+    for path in (tmp_path / "out").glob("*.[jm]*"):
+        text = path.read_bytes()
+        assert b"/home/me" not in text and b"key@" not in text and b"secret" not in text, path
+    assert "a.txt, b.txt" in (tmp_path / "out" / "README.md").read_text()

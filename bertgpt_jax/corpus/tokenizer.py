@@ -101,6 +101,8 @@ class Tokenizer:
         if not hasattr(self, "_pieces"):
             self._pieces = self.pieces()
         first, last = self._pieces[0][ids], self._pieces[1][ids]
+        known = np.where(last == _INSIDE, 0, np.arange(len(last)))
+        last = last[np.maximum.accumulate(known)]
         before = np.empty_like(last)
         before[1:] = last[:-1]
         before[:1] = _SPACE
@@ -149,7 +151,10 @@ def character_class(character: str) -> int:
 
 
 def piece_classes(spellings: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
-    """First and last classes of pieces given as UTF-8, which may begin or end inside a character."""
+    """First and last classes of pieces given as UTF-8, which may begin or end inside a character.
+
+    Of a character's first bytes the class is guessed; pieces of its other bytes have the class `_INSIDE`.
+    """
     first = np.empty(len(spellings), np.uint8)
     last = np.empty(len(spellings), np.uint8)
     for number, spelling in enumerate(spellings):
@@ -157,15 +162,28 @@ def piece_classes(spellings: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
         begins_inside = bool(spelling) and 0x80 <= spelling[0] < 0xC0
         if begins_inside or not text:
             first[number] = _INSIDE
-        elif text[0] == "\ufffd":  # the first bytes of a character: E3..E9 lead most ideographs
-            first[number] = _CJK if 0xE3 <= spelling[0] <= 0xE9 else _LETTER
+        elif text[0] == "\ufffd":
+            first[number] = _class_of_lead(spelling)
         else:
             first[number] = character_class(text[0])
         if text in (" ", "▁"):
             last[number] = _ONE_SPACE
             continue
-        last[number] = _INSIDE if not text or text[-1] == "\ufffd" else character_class(text[-1])
+        if not text or text[-1] == "\ufffd":
+            lead = max((i for i, byte in enumerate(spelling) if byte >= 0xC0), default=None)
+            last[number] = _INSIDE if lead is None else _class_of_lead(spelling[lead:])
+        else:
+            last[number] = character_class(text[-1])
     return first, last
+
+
+def _class_of_lead(first_bytes: bytes) -> int:
+    """The class of most characters that begin with these bytes: E3 to E9 and F0 A0 lead ideographs, C2 and E2 signs,
+    F0 9F emoji."""
+    lead, second = first_bytes[0], first_bytes[1] if len(first_bytes) > 1 else 0x9F
+    if 0xE3 <= lead <= 0xE9 or (lead == 0xF0 and second >= 0xA0):
+        return _CJK
+    return _OTHER if lead in (0xC2, 0xE2) or (lead == 0xF0 and second == 0x9F) else _LETTER
 
 
 # ---------------------------------------------------------------- files

@@ -52,7 +52,18 @@ ONLY_IN = {
 }
 """Libraries that only some files may import at all, even inside a function."""
 
-OPTIONAL = {"matplotlib", "torch", "transformers", "tensorflow", "wandb", "gcsfs", "s3fs", "jieba"}
+OPTIONAL = {
+    "matplotlib",
+    "torch",
+    "transformers",
+    "tensorflow",
+    "wandb",
+    "gcsfs",
+    "s3fs",
+    "apache_beam",
+    "fsspec",
+    "jieba",
+}
 """Libraries of the extras: imported inside functions, so that the package works without them."""
 
 SLOW = {"tensorflow_datasets", "pyarrow"}

@@ -26,6 +26,7 @@ DISTRIBUTIONS = {
     "tensorflow_datasets": "tensorflow-datasets",
     "tensorflow": "tensorflow-cpu",
     "pydantic_core": "pydantic",
+    "apache_beam": "apache-beam",
     "jaxlib": "jax",
     "pytest_timeout": "pytest-timeout",
 }
@@ -85,6 +86,7 @@ def test_every_packaged_folder_is_a_package() -> None:
 def test_what_the_package_imports_is_required(setup: configparser.ConfigParser) -> None:
     required = names(setup["options"]["install_requires"])
     optional = set().union(*(names(block) for block in setup["options.extras_require"].values()))
+    optional |= names((ROOT / "requirements-beam.txt").read_text("utf-8"))
     assert {distribution(m) for m in imported(SOURCES)} - required - optional == set()
 
 

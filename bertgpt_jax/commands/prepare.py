@@ -88,6 +88,7 @@ def _elsewhere(arguments: argparse.Namespace, workers: int) -> Callable | None:
         if arguments.beam_options:
             raise UsageError(f"{arguments.beam_options[0]} after '--' is for Apache Beam; pass --runner as well")
         return None
-    from bertgpt_jax.corpus.beam import tokenise_shards
+    from bertgpt_jax.corpus.beam import require_beam, tokenise_shards
 
+    require_beam(arguments.runner)
     return functools.partial(tokenise_shards, runner=arguments.runner, options=arguments.beam_options, workers=workers)

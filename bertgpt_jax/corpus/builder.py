@@ -31,7 +31,7 @@ from bertgpt_jax.corpus.places import (
     remove_tree,
     write_whole,
 )
-from bertgpt_jax.corpus.plan import Plan, find_request, make_plan, plan_to_json
+from bertgpt_jax.corpus.plan import PLAN_FILE, Plan, find_request, make_plan, plan_to_json
 from bertgpt_jax.corpus.pool import Pool
 from bertgpt_jax.corpus.reader import FORMAT_VERSION, MANIFEST, CorpusReader, content_fingerprint, read_manifest
 from bertgpt_jax.corpus.report import Work, nothing_left, report_lines
@@ -41,12 +41,11 @@ from bertgpt_jax.corpus.store import read_done, shard_name
 from bertgpt_jax.corpus.tokenizer import CONFIG_FILE, Tokenizer
 from bertgpt_jax.errors import ConfigError, DataError, StorageError
 
-PLAN_FILE = "plan.json"
 _COLUMNS = ("documents", "train_documents", "tokens", "train_tokens", "bytes", "train_bytes", "sentences", "unknown")
 
 Report = Callable[[str], None]
-Elsewhere = Callable[[Place, list[int]], int]
-"""Tokenises the shards of a planned corpus on other machines; returns the most resident bytes of a worker."""
+Elsewhere = Callable[[Place, list[int]], None]
+"""Tokenises shards of a planned corpus."""
 
 
 def open_corpus(config: CorpusConfig, cache_root: str | Path, progress: bool | Report = True) -> CorpusReader:
@@ -129,7 +128,7 @@ def _build(
     if config.filters.duplicates == "drop":
         plan = dataclasses.replace(plan, duplicates=str((Path(out) / DUPLICATES).absolute()))
     workers = plan.config.workers if plan.config.workers >= 0 else os.cpu_count() or 1
-    workers = min(workers, len(plan.shards))
+    workers = min(workers, len(plan.shards)) if elsewhere is None else 0
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_whole(out / PLAN_FILE, plan_to_json(plan))
@@ -244,7 +243,8 @@ def _tokenise_missing(
                 tokenise_shard(plan, index, tokenizer, out)
                 bar.update()
         elif callable(means):
-            peak = means(out, missing) if missing else 0
+            if missing:
+                means(out, missing)
             bar.update(len(missing))
         else:
             for _, answer in means.run(({"tokenise": i} for i in missing), lambda a: "done" in a):

@@ -15,6 +15,7 @@ from bertgpt_jax.corpus.kinds import open_tokenizer
 from bertgpt_jax.corpus.places import Place
 
 FORMAT_VERSION = 1
+PLAN_FILE = "plan.json"
 MIN_SHARD_BYTES = 4_000_000
 """Small sources are cut no finer than this, for parallel work, and no coarser than a sixteenth of their size."""
 _GZIP_RATIO = 3

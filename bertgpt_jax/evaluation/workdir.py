@@ -61,7 +61,7 @@ def evaluate_workdir(
     stage = config.stages[0]
 
     recorded = storage.read_json(workdir / "corpus.json") or {}
-    corpus = open_prepared(_moved(recorded.get("path", ""), corpus_path))
+    corpus = open_prepared(moved(recorded.get("path", ""), corpus_path))
     if corpus.fingerprint != meta["data_fingerprint"]:
         raise DataError(
             f"the corpus in {corpus_path or recorded.get('path', '')!r} has fingerprint {corpus.fingerprint[:12]}, "
@@ -101,7 +101,7 @@ def _step(which: str, status: dict[str, Any]) -> int | None:
     return int(which)
 
 
-def _moved(recorded: str | dict[str, str], given: str | None) -> str | dict[str, str]:
+def moved(recorded: str | dict[str, str], given: str | None) -> str | dict[str, str]:
     """Where the corpus is: as recorded unless it is given, for a mixture as `name=path,name=path`."""
     if given is None or isinstance(recorded, str):
         return given or recorded

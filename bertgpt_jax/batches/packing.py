@@ -18,11 +18,10 @@ import numpy as np
 from pydantic import Field
 
 from bertgpt_jax.batches.index import PLANS_KEPT, RowIndex, document_windows
-from bertgpt_jax.batches.pairs import SentencePairs, plan_pairs, read_sentences
+from bertgpt_jax.batches.pairs import SentencePairs, no_pairs, plan_pairs, read_sentences
 from bertgpt_jax.batches.sentences import cut_sentences
 from bertgpt_jax.config import Config
 from bertgpt_jax.corpus.view import Corpus, ragged_index
-from bertgpt_jax.errors import DataError
 
 
 class PackedDocuments(Config):
@@ -275,9 +274,5 @@ def packed_pairs(
         return plan_packed_pairs(corpus, config, windows[window], sequence_length, seed, epoch)
 
     if not any((np.diff(read_sentences(corpus, *map(int, window)).first) > 1).any() for window in windows):
-        documents = int((windows[:, 2] - windows[:, 1]).sum())
-        raise DataError(
-            f"next-sentence pairs need documents of two sentences or more; all {documents} documents of the {split} "
-            "split have one: prepare the corpus with corpus.sentences=split or line, or use packed_documents"
-        )
+        raise no_pairs(windows, split, "packed_documents")
     return PackedRows(windows, plan, 2, False, seed, name, cache_dir)

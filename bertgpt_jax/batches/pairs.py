@@ -208,6 +208,15 @@ def _truncate(
     return start + front, length - cut
 
 
+def no_pairs(windows: np.ndarray, split: str, instead: str) -> DataError:
+    """The error of a split, its windows given, whose documents all have one sentence; `instead` takes such."""
+    documents = int((windows[:, 2] - windows[:, 1]).sum())
+    return DataError(
+        f"sentence pairs need documents of two sentences or more; all {documents} documents of the {split} split have "
+        f"one: prepare the corpus with corpus.sentences=split or line, or use {instead}"
+    )
+
+
 class PairRows:
     """The sentence pairs of a split.
 
@@ -237,11 +246,7 @@ class PairRows:
         self._index = RowIndex(len(self._windows), plan, seed, name, cache_dir, plans_kept)
         self.order = self._index.order
         if len(self._windows) and not self._index.tally(0):
-            documents = int((self._windows[:, 2] - self._windows[:, 1]).sum())
-            raise DataError(
-                f"sentence pairs need documents of two sentences or more; all {documents} documents of the "
-                f"{split} split have one: prepare the corpus with corpus.sentences=split or line, or use full_documents"
-            )
+            raise no_pairs(self._windows, split, "full_documents")
 
     def count(self, epoch: int) -> int:
         """Rows of an epoch: they vary with its draws, by some percent where documents are few and long."""

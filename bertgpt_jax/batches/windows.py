@@ -30,7 +30,7 @@ class FullDocuments(Config):
 
     Documents follow one another with a [SEP] in place of each terminator and attend to each other, as in RoBERTa's
     FULL-SENTENCES (Liu et al. 2019, section 4.2); unlike there, a row may begin and end inside a sentence, so none is
-    padded.
+    padded. `full_sentences` has rows of whole sentences.
     """
 
     kind: Literal["full_documents"] = "full_documents"

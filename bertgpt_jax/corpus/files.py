@@ -177,7 +177,10 @@ def _common_parent(parents: list[Path]) -> Path:
 
 
 def _check_fields(files: list[SourceFile], config: CorpusConfig) -> None:
-    """A language is read from a field, which text has not."""
+    """A language is read from a field, which text has not; nor has it splits."""
+    if config.split != "train" and not any(file.format in ("tfds", "arrow") for file in files):
+        rule = f"{files[0].path} is {files[0].format}, which has no splits; leave it out"
+        raise ConfigError(f"corpus.split = '{config.split}': {rule}")
     without = [file for file in files if file.format not in FIELD_FORMATS]
     if config.filters.languages and without:
         rule = f"{without[0].path} is {without[0].format} and has no fields ({', '.join(sorted(FIELD_FORMATS))} have)"

@@ -6,7 +6,7 @@
       doc_end/     int64 per document: end of its tokens, exclusive, terminator not counted
       doc_bytes/   int64: UTF-8 bytes of its cleaned text
       doc_source/  int32: row of the manifest's sources
-      doc_offset/  int64: where in its source it starts (bytes, uncompressed)
+      doc_offset/  int64: where in its source it starts (bytes, uncompressed; in a table, its row)
       doc_hash/    uint64: first 8 bytes of the blake2b of its text
       done.json    counts, sha256 over the arrays' content
 

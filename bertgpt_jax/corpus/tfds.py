@@ -131,6 +131,8 @@ def _find_builder(name: str, data_dir: str) -> Any:
 
     wanted = name.removeprefix(PREFIX)
     place = data_dir or str(tfds.core.constants.DATA_DIR)
+    if "://" in place:
+        raise ConfigError(f"corpus.data_dir = '{place}': only this machine's files are read; copy it here first")
     try:
         return builder_from_files(wanted, data_dir=str(Path(place).expanduser()))
     except tfds.core.DatasetNotFoundError:

@@ -90,7 +90,7 @@ class Corpus:
         raise NotImplementedError
 
     def document_origin(self, shard: int, index: int) -> tuple[str, int]:
-        """Source name of a document, and where it starts there: its byte (uncompressed), or the number of a topic."""
+        """Source name of a document, and where it starts there: its byte (uncompressed), row, example or topic."""
         raise NotImplementedError
 
     def split_bytes(self, split: str) -> int:

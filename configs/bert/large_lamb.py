@@ -24,7 +24,7 @@ def get_config() -> RunConfig:
         seed=12439,
         corpus=CorpusConfig(tokenizer=WordPieceConfig(vocab_size=30_522)),
         model=BertConfig(**SIZES["large"]),
-        objective=MaskedLMNSP(masking=Masking(max_predictions=80, random_from="all")),
+        objective=MaskedLMNSP(masking=Masking(random_from="all")),
         stages=(
             StageConfig(
                 name="phase1",

@@ -103,12 +103,15 @@ def find_duplicates(plan: Plan, out: Path, range_bytes: int = _RANGE_BYTES) -> N
 
 
 def _later_ones(rows: np.ndarray, shard: np.ndarray) -> list[tuple[int, np.ndarray]]:
-    """(shard, numbers of documents) of rows that have an equal one before them, in order of shard, then number."""
-    order = np.lexsort((rows[2], shard, rows[1], rows[0]))
+    """(shard, numbers of documents) of rows that have an equal one before them.
+
+    Rows come shard by shard, those of equal hashes in a shard by number, and the sort keeps the order of equal ones.
+    """
+    order = np.lexsort((rows[1], rows[0]))
     equal = (rows[0][order[1:]] == rows[0][order[:-1]]) & (rows[1][order[1:]] == rows[1][order[:-1]])
     later = np.sort(order[1:][equal])
-    owners = shard[later]
-    return [(int(i), rows[2][later[owners == i]]) for i in np.unique(owners)]
+    owners, starts = np.unique(shard[later], return_index=True)
+    return list(zip(owners.tolist(), np.split(rows[2][later], starts[1:]), strict=False))
 
 
 def remove_duplicates(out: Path) -> None:

@@ -32,7 +32,7 @@ class Shares:
 
     def __init__(self, weights: Sequence[float]):
         total = sum(weights)
-        self._units = [round(weight / total * UNIT) for weight in weights]
+        self._units = [max(round(weight / total * UNIT), 1) if weight else 0 for weight in weights]
         self._turns = sorted(range(len(weights)), key=lambda c: (-self._units[c], c))
 
     def counts(self, rows: np.ndarray) -> np.ndarray:

@@ -26,7 +26,8 @@ def make_train(
     for length in dict.fromkeys(segment.sequence_length for segment in ramp.segments):
         make = partial(_dataset, config, index, "train", length, cache_dir, debug)
         if isinstance(corpus, CorpusMixture):
-            data[length] = _mix(config, index, {name: make(c, name) for name, c in corpus.readers.items()}, ramp, start)
+            parts = {name: make(part, (i, name)) for i, (name, part) in enumerate(corpus.readers.items())}
+            data[length] = _mix(config, index, parts, ramp, start)
         else:
             data[length] = make(corpus)
     return Ramped(ramp, data)
@@ -40,7 +41,7 @@ def make_held_out(
     if not isinstance(corpus, CorpusMixture):
         return make(corpus)
     having = {name: reader for name, reader in corpus.readers.items() if reader.split_tokens("held_out")}
-    parts = {name: make(reader, name) for name, reader in (having or corpus.readers).items()}
+    parts = {name: make(part, (i, name)) for i, (name, part) in enumerate((having or corpus.readers).items())}
     return Mixture(parts, [1.0] * len(parts), batch_size=config.stages[index].batch_size)
 
 
@@ -52,11 +53,13 @@ def _dataset(
     cache_dir: Path,
     debug: bool,
     corpus: Corpus,
-    name: str | None = None,
+    part: tuple[int, str] | None = None,
 ) -> Dataset:
-    """The rows of one corpus; each stage has a seed of its own, lest it repeat the first. `name`: in a mixture."""
-    stage = config.stages[index]
-    mixed = split == "train" and name is not None
+    """The rows of one corpus, `part` its number and name in a mixture.
+
+    Each stage has a seed of its own, lest it repeat the first; and each part, lest row n of all have the same masks.
+    """
+    stage, mixed = config.stages[index], split == "train" and part is not None
     try:
         return Dataset(
             corpus,
@@ -65,14 +68,14 @@ def _dataset(
             split=split,
             sequence_length=sequence_length,
             batch_size=1 if mixed else stage.batch_size,  # one corpus need not fill a batch
-            seed=config.seed + (index << 32),
+            seed=config.seed + (index << 32) + (part[0] << 48 if part else 0),
             cache_dir=cache_dir,
             debug=debug,
         )
     except (ConfigError, DataError) as error:
-        if name is None:
+        if part is None:
             raise
-        raise type(error)(f"corpus '{name}' of the mixture: {error}") from None
+        raise type(error)(f"corpus '{part[1]}' of the mixture: {error}") from None
 
 
 def _mix(config: RunConfig, index: int, parts: Mapping[str, Dataset], ramp: Ramp, start: int) -> Mixture:

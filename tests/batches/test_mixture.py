@@ -72,6 +72,14 @@ def test_a_batch_has_the_shares_and_is_shuffled(corpora) -> None:
     assert drawn(mixture(corpora, seed=1), 0, 20) != batches[0]
 
 
+def test_rows_never_change() -> None:
+    """A difference here changes every run of a mixture."""
+    corpus, number = Shares([0.6, 0.3, 0.1]).deal(np.arange(20))
+    assert "".join("wbc"[c] for c in corpus) == "wbwbwwcwbwwbwbwwcwbw"
+    assert number.tolist() == [0, 0, 1, 1, 2, 3, 0, 4, 2, 5, 6, 3, 7, 4, 8, 9, 1, 10, 5, 11]
+    assert [x.tolist() for x in Shares([1, 1e-12]).deal(np.array([2**40]))] == [[0], [2**40 - 2**10]], "1/UNIT at least"
+
+
 def test_rows_are_those_of_the_parts(corpora) -> None:
     data = mixture(corpora)
     numbers = data.numbers(40, 20)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
+from bertgpt_jax.batches.ramp import batch_ramp
 from bertgpt_jax.commands import evaluate
 from bertgpt_jax.commands.train import main
 from bertgpt_jax.config import load_config, to_json
@@ -20,7 +23,7 @@ from bertgpt_jax.errors import DataError
 from bertgpt_jax.models.gpt import GptConfig
 from bertgpt_jax.nn.blocks import ComputeConfig
 from bertgpt_jax.objectives.causal_lm import CausalLM
-from bertgpt_jax.parallel.mesh import MeshConfig
+from bertgpt_jax.parallel.mesh import MeshConfig, make_mesh
 from bertgpt_jax.training import setup
 from bertgpt_jax.training.data import check_enough
 from bertgpt_jax.training.run_config import ExecutionConfig, RunConfig, StageConfig, with_changes, with_steps
@@ -54,7 +57,6 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
         batch_size=16,
         batch_ramp=((0, 8), (3, 16)),
         length_ramp=((0, 8), (6, 16)),
-        microbatches=2,
         schedule=Linear(peak=1e-2, warmup_steps=2, total_steps=20),
     )
     config = RunConfig(
@@ -105,6 +107,7 @@ def begun(directory: Path) -> Callable[[str], Path]:
     return copy
 
 
+@pytest.mark.slow
 def test_what_is_counted(directory: Path, whole: str) -> None:
     found = rows(directory, whole)
     assert [row["train/tokens_seen"] for row in found] == [64, 128, 192, 320, 448, 576, 832, 1088, 1344, 1600]
@@ -123,6 +126,7 @@ def test_what_is_counted(directory: Path, whole: str) -> None:
     assert last["train/loss"] < found[0]["train/loss"]
 
 
+@pytest.mark.slow
 def test_a_resume_in_the_middle_of_the_ramps(
     directory: Path, whole: str, begun: Callable, capsys: pytest.CaptureFixture
 ) -> None:
@@ -167,6 +171,7 @@ def test_the_schedule_grows_on_a_resume(
     assert "corpus.schedule.2" in (said := capsys.readouterr().err) and "step 10 or later" in said
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_evaluated_part_by_part(directory: Path, whole: str, capsys: pytest.CaptureFixture) -> None:
     capsys.readouterr()
     assert evaluate.main([str(directory / whole), "--batches", "1", "--json"]) == 0
@@ -176,6 +181,33 @@ def test_a_checkpoint_is_evaluated_part_by_part(directory: Path, whole: str, cap
         assert result["metrics"][name] == pytest.approx(logged[f"eval/{name}"], rel=1e-4), name
     assert evaluate.main([str(directory / whole), "--corpus", "medium=/tmp"]) == 78
     assert "'medium'" in (said := capsys.readouterr().err) and "large, small" in said
+
+
+# ---------------------------------------------------------------- what is known before
+
+
+def test_the_dry_run_shows_the_ramp(directory: Path, capsys: pytest.CaptureFixture) -> None:
+    assert train(directory, "none", "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert "only: 10 steps, 1,600 tokens" in said
+    for line in ("step 0: batch 8 x 8, after 0", "step 3: batch 16 x 8, after 192", "step 6: batch 16 x 16, after 576"):
+        assert line in said
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_microbatches_along_a_ramp(devices: int) -> None:
+    """Never more positions at once than at the full batch, and every device has rows of each."""
+    ramp = batch_ramp(((0, 16), (2.4e9, 320), (4.8e9, 624), (12e9, 1536)), 2048)
+    stage = StageConfig(steps=10, sequence_length=2048, batch_size=1536, batch_ramp=ramp, microbatches=48)
+    program = types.SimpleNamespace(mesh=make_mesh(MeshConfig(), jax.devices()[:devices]))
+    shapes = [setup.shape_config(program, stage, segment) for segment in stage.ramp().segments]
+    assert [(shape.batch_size, shape.microbatches) for shape in shapes] == [
+        (16, 1), (320, 10), (624, 24 if devices == 1 else 26), (1536, 48),
+    ]  # fmt: skip
+    assert {shape.ramp().segments[0].first for shape in shapes} == {0}
+    longer = StageConfig(steps=10, sequence_length=64, batch_size=16, length_ramp=((0, 128), (5, 64)), microbatches=2)
+    first = setup.shape_config(program, longer, longer.ramp().segments[0])
+    assert (first.sequence_length, first.microbatches) == (128, 4 if devices == 1 else 2)
 
 
 # ---------------------------------------------------------------- refusals

@@ -28,7 +28,7 @@ def get_config() -> RunConfig:
     return RunConfig(
         corpus=CorpusConfig(tokenizer=WordPieceConfig(vocab_size=30_522)),
         model=BertConfig(**SIZES["large"]),
-        # 77 = round(0.15 * 512); the released 128-token models allow 20, which round(0.15 * 128) = 19 never reaches
+        # Predictions: 15% of the length, 20 at 128 and 77 at 512, the width that the released models allow.
         objective=MaskedLMNSP(examples=SentencePairs(), masking=Masking(random_from="all")),
         stages=(
             StageConfig(

@@ -16,6 +16,7 @@ VERBS = {
     "prepare": "turn text into a tokenised corpus",
     "bert_exact": "the instances of BERT's own script, as JSON lines",
     "curve": "draw learning curves to a PNG",
+    "corpus_report": "a corpus in numbers: lengths, unknown tokens, duplicates, masks, padding",
     "replay": "what a step was made of: documents, sources, text, masks",
     "benchmark": "measure a speed beside its peers",
     "launch_local": "start a command as several processes over loopback",

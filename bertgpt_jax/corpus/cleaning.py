@@ -14,6 +14,8 @@ CHANGES = ("invalid_utf8", "bom", "newlines", "html_entities", "control_characte
 """Steps that change a document; counted in documents."""
 DROPS = ("empty", "title_stubs", "min_characters", "language", "max_characters", "duplicates")
 """Steps that drop a document; the last three are the filters."""
+LANGUAGE = "language="
+"""Counts whose names begin so are documents in that language that stayed, where the source is filtered by it."""
 
 _LINE_CONTROLS = re.compile("[\x0b\x0c\x85]")
 _CONTROLS = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from bertgpt_jax.corpus.chinese import join_words
-from bertgpt_jax.corpus.cleaning import clean
+from bertgpt_jax.corpus.cleaning import LANGUAGE, clean
 from bertgpt_jax.corpus.config import CorpusConfig, HashSplit
 from bertgpt_jax.corpus.files import check_unchanged
 from bertgpt_jax.corpus.places import Place
@@ -63,18 +63,20 @@ def mix(value: int, key: int) -> int:
 def shard_documents(plan: Plan, index: int, counts: Counter[str]) -> Iterator[Document]:
     """The documents of a shard in the order of its sources; `counts` gets what cleaning did and `documents_read`."""
     config, dropped = plan.config, _dropped(plan, index)
-    for number, source, offset, text in cleaned_documents(plan, index, counts):
+    for number, source, raw, text in cleaned_documents(plan, index, counts):
         if number in dropped:
             counts["duplicates"] += 1
             continue
+        if config.filters.languages:
+            counts[f"{LANGUAGE}{raw.language}"] += 1
         wrapped = plan.files[source].format in WRAPPED_FORMATS
         for part, held_out in _sides(text, config):
             sentences = split_sentences(part, config.sentences, wrapped)
-            yield Document(part, held_out, source, offset, sentences, text_hash(part))
+            yield Document(part, held_out, source, raw.offset, sentences, text_hash(part))
 
 
-def cleaned_documents(plan: Plan, index: int, counts: Counter[str]) -> Iterator[tuple[int, int, int, str]]:
-    """(number in the shard, row of the plan's files, offset there, text) of the documents that cleaning and filters
+def cleaned_documents(plan: Plan, index: int, counts: Counter[str]) -> Iterator[tuple[int, int, RawDocument, str]]:
+    """(number in the shard, row of the plan's files, as it is there, text) of the documents that cleaning and filters
     leave, but for duplicates."""
     filters = plan.config.filters
     for number, (source, raw) in enumerate(_raw_documents(plan, index)):
@@ -89,7 +91,7 @@ def cleaned_documents(plan: Plan, index: int, counts: Counter[str]) -> Iterator[
         if text is not None and len(text) > (filters.max_characters or len(text)):
             counts["max_characters"] += 1
         elif text is not None:
-            yield number, source, raw.offset, text
+            yield number, source, raw, text
 
 
 def _raw_documents(plan: Plan, index: int) -> Iterator[tuple[int, RawDocument]]:

@@ -75,7 +75,10 @@ def test_length_and_language(tmp_path):
     wanted = config(tmp_path / "rows.jsonl", filters=filters, cleaning=CleaningConfig(min_characters=5))
     found, counts = kept(wanted, tmp_path / "c")
     assert found == ["a" * n for n in (5, 8, 9, 12, 13)]
-    assert counts == {"documents_read": 20, "language": 10, "min_characters": 2, "max_characters": 3}
+    assert counts == {
+        **{"documents_read": 20, "language": 10, "min_characters": 2, "max_characters": 3},
+        **{"language=en": 2, "language=de": 3},
+    }
 
 
 def test_the_report_names_what_was_dropped(tmp_path):
@@ -150,7 +153,7 @@ def test_what_other_filters_drop_repeats_nothing(tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     filters = FiltersConfig(language_field="lang", languages=("en",), duplicates="drop")
     found, counts = kept(config(tmp_path / "rows.jsonl", filters=filters), tmp_path / "c")
-    assert found == ["x"] and counts == {"documents_read": 3, "language": 1, "duplicates": 1}
+    assert found == ["x"] and counts == {"documents_read": 3, "language": 1, "duplicates": 1, "language=en": 1}
 
 
 @settings(max_examples=40)

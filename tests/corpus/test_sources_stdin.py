@@ -30,7 +30,7 @@ def feed(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
 
 
-@pytest.mark.parametrize("data", [TEXT, gzip.compress(TEXT)])
+@pytest.mark.parametrize("data", [TEXT, gzip.compress(TEXT, mtime=0)], ids=["plain", "gzip"])
 def test_it_is_kept_as_a_file_and_read_from_there(data, tmp_path, monkeypatch):
     feed(monkeypatch, data)
     reader = open_corpus(config(), tmp_path / "corpora", False)

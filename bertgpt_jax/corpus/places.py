@@ -88,7 +88,7 @@ class BucketPath:
         """Nothing: a bucket has no directories."""
 
     def is_file(self) -> bool:
-        return self._do("look at", False, lambda store: store.read("")).state == "value"
+        return len(self._parts) > 1 and self._do("look at", False, lambda store: store.read("")).state == "value"
 
     def keys(self) -> list[str]:
         """Names, below this one, of all objects there, sorted."""
@@ -96,19 +96,24 @@ class BucketPath:
 
     def delete(self) -> None:
         """Deletes this object and all below it."""
-        self._do("delete", False, lambda store: store.write("", None))
+        if len(self._parts) > 1:
+            self._do("delete", False, lambda store: store.write("", None))
         self._do("delete", True, lambda store: store.delete_range(tensorstore.KvStore.KeyRange()))
 
 
 Place = Path | BucketPath
 
 
-def _s3_settings() -> dict[str, str]:
-    """What Amazon's own clients read from the environment: another server than Amazon's, and the region."""
+def _s3_settings() -> dict[str, Any]:
+    """What Amazon's own clients read from the environment: another server than Amazon's, the region, the keys."""
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    settings = {"endpoint": endpoint.rstrip("/")} if endpoint else {}
-    return settings | ({"aws_region": region or "us-east-1"} if region or endpoint else {})
+    settings: dict[str, Any] = {"endpoint": endpoint.rstrip("/")} if endpoint else {}
+    if region or endpoint:
+        settings["aws_region"] = region or "us-east-1"
+    if os.environ.get("AWS_ACCESS_KEY_ID"):  # else files are looked for, and each one missed is a line on stderr
+        settings["aws_credentials"] = {"type": "environment"}
+    return settings
 
 
 def find_place(path: str | Path | BucketPath) -> Place:

@@ -3,8 +3,8 @@
 Paper:    Turc et al. 2019 (size); Devlin et al. 2019 (objective)
 Command:  python tools/train.py configs/bert/mini.py corpus.path='["wiki/a.gz", "wiki/b.gz"]' --workdir runs/bert-mini
 Hardware: 2 CPU cores
-Hours:    0.3
-Expect:   on 13 files of English Wikipedia (3M tokens) held-out masked loss 6.67, the unigram distribution's is 7.11
+Hours:    0.7
+Expect:   on 13 files of English Wikipedia held-out masked loss 6.53 (the unigram distribution's is 7.11), next sentence 68%
 """
 
 from bertgpt_jax.corpus.config import CorpusConfig, HashSplit, WordPieceConfig
@@ -23,7 +23,7 @@ def get_config() -> RunConfig:
         objective=MaskedLMNSP(),
         stages=(
             StageConfig(
-                steps=1_200,
+                steps=2_600,
                 sequence_length=128,
                 batch_size=16,
                 optimizer=Muon(weight_decay=0.01),

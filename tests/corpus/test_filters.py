@@ -232,6 +232,9 @@ def write_story(path: Path, documents: int = 200) -> Path:
     return path
 
 
+SLOW = pytest.param("_manifest", 2, marks=pytest.mark.slow)
+
+
 def longer(path: Path) -> None:
     path.write_text(path.read_text() + "\n\nOne more.")
 
@@ -247,7 +250,7 @@ def edited(path: Path) -> None:
     ("change", "said"),
     [(longer, "it had 2,888 bytes and has 2,899"), (edited, "changed while"), (Path.unlink, "No such file")],
 )
-@pytest.mark.parametrize(("stage", "workers"), [("_ensure_tokenizer", 0), ("_manifest", 0), ("_manifest", 2)])
+@pytest.mark.parametrize(("stage", "workers"), [("_ensure_tokenizer", 0), ("_manifest", 0), SLOW])
 def test_a_source_that_changes_is_named(stage, workers, change, said, tmp_path, monkeypatch):
     """Between planning and tokenising; between tokenising and the end."""
     path = write_story(tmp_path / "a.txt")

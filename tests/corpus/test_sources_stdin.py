@@ -74,6 +74,7 @@ def test_it_stands_alone():
             find_files(config(path=path))
 
 
+@pytest.mark.slow
 def test_the_command_reads_a_pipe_and_is_started_again(repository, tmp_path):
     """Killed before its shard was written, the same pipe again: the build goes on where it was."""
     command = [sys.executable, str(repository / "tools" / "prepare.py"), "-", "--out", "corpus", *SETTINGS]

@@ -17,6 +17,7 @@ from bertgpt_jax.parallel.mesh import MeshConfig, make_mesh
 from bertgpt_jax.parallel.sharding import flatten
 from bertgpt_jax.shapes import Params
 from bertgpt_jax.training import setup, storage
+from bertgpt_jax.training.data import make_held_out
 from bertgpt_jax.training.loop import evaluate_stage
 from bertgpt_jax.training.run_config import RunConfig, with_changes
 from bertgpt_jax.transfer.initial import save_tokenizer, user_cache
@@ -125,7 +126,7 @@ def evaluate_params(
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: array[index])
 
     placed = nested({name: place(name, leaf) for name, leaf in abstract.items()})
-    held_out = setup.make_datasets(config, corpus, Path(corpus.path) / "rows")[0][1]
+    held_out = make_held_out(config, 0, corpus, Path(corpus.path) / "rows")
     step = setup.lower_eval_step(program, config.stages[0]).compile()
     return evaluate_stage(program, held_out, step, placed, batches), held_out
 

@@ -36,7 +36,6 @@ class TensorFiles:
 
     def __init__(self, directory: Path):
         self.directory = directory
-        self._files: dict[str, Any] = {}
         self._where: dict[str, str] = {}
         self.shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
         promised = _index(directory)
@@ -67,11 +66,11 @@ class TensorFiles:
             raise DataError(f"{path} is damaged or no safetensors file ({error}); fetch it again") from None
         except OSError as error:
             raise StorageError(f"{path} cannot be read ({error})") from None
-        self._files[file] = opened
 
     def read(self, name: str) -> np.ndarray:
-        """A tensor as it is stored."""
-        return self._files[self._where[name]].get_tensor(name)
+        """A tensor as it is stored; its file is opened anew, because what a mapping has touched stays in memory."""
+        with safe_open(self.directory / self._where[name], framework="numpy") as file:
+            return file.get_tensor(name)
 
 
 def _index(directory: Path) -> dict[str, str]:

@@ -203,7 +203,7 @@ ROWS = [
     (60, "tokenizer", ["decode", "@corpus", "-1"], DATA, ["id -1", "0..255"]),
     (60, "tokenizer", ["decode", "@corpus", "five"], USAGE, ["'five'", "integers"]),
     # ------------------------------------------------ the other commands
-    (27, "evaluate", ["@/empty_directory"], CONFIG, ["empty_directory", "not the workdir of a run"]),
+    (27, "evaluate", ["@/empty_directory"], CONFIG, ["empty_directory", "neither the workdir of a run"]),
     (27, "evaluate", ["@trained", "--which", "7"], CONFIG, ["no checkpoint of step 7", "available: 2"]),
     (27, "evaluate", ["@trained", "--which", "newest"], CONFIG, ["'newest'", "latest, best"]),
     (5, "evaluate", ["@trained", "--stage", "phase9"], CONFIG, ["'phase9'", "['pretrain']"]),

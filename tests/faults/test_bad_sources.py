@@ -33,7 +33,7 @@ ROWS = [
     (31, "prepare", ["tfds:"], CONFIG, ["'tfds:'"]),
     (32, "train", ["corpus.path=tfds:wikipedia/20230601.en"], CONFIG,
      ["not prepared in", "tfds build wikipedia/20230601.en --file_format=array_record", "bertgpt_jax[tfds]"]),
-    (32, "train", ["corpus.path=tfds:mnist", "corpus.data_dir=@/none"], CONFIG, ["files0/none", "corpus.data_dir"]),
+    (32, "train", ["corpus.path=tfds:mnist", "corpus.data_dir=@/none"], CONFIG, ["/none (corpus.data_dir)"]),
     (32, "prepare", ["tfds:made_up", "data_dir=gs://bucket/tfds"], CONFIG, ["data_dir = 'gs://bucket/tfds'", "copy"]),
     (33, "train", ["corpus.path=tfds:made_up", "corpus.split=trian"], CONFIG,
      ["corpus.split = 'trian'", "['train', 'test']"]),

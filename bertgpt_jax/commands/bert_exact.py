@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from bertgpt_jax.commands.common import Parser, command_parser, run_command
-from bertgpt_jax.errors import StorageError
+from bertgpt_jax.errors import StorageError, UsageError
 
 _EPILOG = """\
 example:
@@ -46,6 +46,8 @@ def _write(arguments: argparse.Namespace) -> int:
 
     given = {name: value for name, value in vars(arguments).items() if name in ExactSettings.model_fields}
     settings = build(ExactSettings, given, "bert_exact")
+    if not arguments.vocab.is_file():
+        raise UsageError(f"--vocab {arguments.vocab}: no such file; give BERT's vocab.txt")
     vocabulary = read_exact_vocabulary(arguments.vocab)
     try:
         data = arguments.file.read_bytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 
 import numpy as np
@@ -170,6 +171,22 @@ def test_older_identities_stay():
     fields = {"rate", "max_predictions", "mask_fraction", "random_fraction", "whole_word", "random_from"}
     assert identity(Masking()).keys() == fields
     assert identity(MEGATRON).keys() == fields | {"spans", "predict_unknown"}
+
+
+PINNED = {"roberta": "79da2a8c6486bb99", "megatron": "6cd1337cb61d522f", "order": "7d98c73d05c50c70"}
+
+
+@pytest.mark.parametrize("kind", PINNED)
+def test_batches_stay_what_they_are(kind):
+    """If this must change, `FORMAT` of batches/examples.py gets a new number."""
+    examples = SentencePairs(task="sentence_order") if kind == "order" else FullDocuments()
+    masking = {"roberta": ROBERTA, "megatron": MEGATRON, "order": BERT}[kind]
+    documents = [[[(97 * d + 31 * s + 7 * t) % 487 + 6 for t in range(4 + s % 9)] for s in range(9)] for d in range(60)]
+    flags = [[token % 3 > 0 for sentence in document for token in sentence] for document in documents]
+    corpus = InMemoryCorpus(documents, 500, shards=2, word_starts=flags)
+    batch = Dataset(corpus, examples, masking, sequence_length=32, batch_size=16, seed=3).batch(2)
+    content = b"".join(name.encode() + batch[name].tobytes() for name in sorted(batch))
+    assert hashlib.sha256(content).hexdigest()[:16] == PINNED[kind]
 
 
 # ---------------------------------------------------------------- excluded ids

@@ -57,7 +57,7 @@ def test_every_flag_reaches_the_instances(files, capsys):
         (["--masked-lm-prob", "nan"], 78, "masked_lm_prob = nan"),
         (["--short-seq-prob", "1.5"], 78, "short_seq_prob = 1.5"),
         (["--seed", "x"], 64, "'x'"),
-        (["--vocab", "none.txt"], 78, "none.txt"),
+        (["--vocab", "none.txt"], 64, "--vocab none.txt: no such file"),
     ],
 )
 def test_bad_flags(files, capsys, change, code, message):

@@ -90,18 +90,19 @@ class SentencePiece(Tokenizer):
         return self._processor.id_to_piece(self.check_ids([id])[0])
 
     def pieces(self) -> tuple[np.ndarray, np.ndarray]:
-        spellings = []
-        for i in range(self.vocab_size):
-            if self._processor.is_byte(i):
-                spellings.append(bytes([int(self._processor.id_to_piece(i)[3:5], 16)]))
-            else:
-                spellings.append(self._spelling(i))
-        return piece_classes(spellings)
+        ids = list(range(self.vocab_size))
+        asked = (self._processor.id_to_piece, self._processor.is_byte, self._processor.is_unknown)
+        rows = zip(*(ask(ids) for ask in (*asked, self._processor.is_control)), strict=True)
+        return piece_classes([_spelling(*row) for row in rows])
 
-    def _spelling(self, i: int) -> bytes:
-        if self._processor.is_unknown(i):
-            return UNKNOWN_SPELLING
-        return b"." if self._processor.is_control(i) else self._processor.id_to_piece(i).encode()
+
+def _spelling(piece: str, byte: bool, unknown: bool, control: bool) -> bytes:
+    """The UTF-8 that a piece stands for, where words are looked for; `<0xE3>` is a byte."""
+    if byte:
+        return bytes([int(piece[3:5], 16)])
+    if unknown:
+        return UNKNOWN_SPELLING
+    return b"." if control else piece.encode()
 
 
 def load_sentencepiece(path: Path) -> SentencePiece:

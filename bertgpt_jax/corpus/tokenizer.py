@@ -7,6 +7,7 @@ sha256 is over those files as we write them, so a published vocabulary has one h
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import unicodedata
@@ -138,6 +139,7 @@ class Tokenizer:
             (directory / name).write_bytes(self.files[name])
 
 
+@functools.lru_cache(maxsize=1 << 16)
 def character_class(character: str) -> int:
     """The class `word_starts` works with."""
     if character.isspace() or character == "▁":

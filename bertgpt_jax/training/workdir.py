@@ -61,7 +61,8 @@ def write_description(
         workdir / "corpus.json",
         {"path": paths.get("", paths), "fingerprint": corpus.fingerprint, "tokenizer_sha256": corpus.tokenizer.sha256},
     )
-    storage.copy_tree(epath.Path(next(iter(paths.values()))) / "tokenizer", workdir / "tokenizer")
+    for name, content in corpus.tokenizer.files.items():
+        storage.write_bytes(workdir / "tokenizer" / name, content)
     storage.write_json(workdir / "env.json", environment())
 
 

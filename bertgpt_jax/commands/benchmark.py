@@ -18,10 +18,11 @@ BENCHMARKS = {
     "data": "batches a second: masks, windows, pairs, packing, beside Hugging Face collators and Grain per record",
     "cpu_bert": "a BERT training step on CPU cores beside transformers, eager and torch.compile",
     "cpu_gpt": "a GPT training step on CPU cores beside transformers, eager and torch.compile",
+    "decode": "tokens a second of a GPT-2 small on CPU cores beside transformers.generate, prefill and decoding apart",
 }
 """Name to its line of help; the code of `name` is `bertgpt_jax/benchmarks/name.py`: `Settings`, `run(settings)`."""
 
-ON_CPU = frozenset({"data", "cpu_bert", "cpu_gpt"})
+ON_CPU = frozenset({"data", "cpu_bert", "cpu_gpt", "decode"})
 """Benchmarks that leave accelerators alone."""
 
 _DESCRIPTION = """\

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from bertgpt_jax.commands.common import add_platform, check_platform, command_parser, run_command, select_platform
@@ -78,31 +79,48 @@ def _generate(args: argparse.Namespace) -> int:
     texts, prompts = _prompts(args, source)
     tokenizer = source.tokenizer
     vocabulary = source.model_config.vocab_size if tokenizer is None else tokenizer.vocab_size
-    end = () if tokenizer is None or args.ignore_end or tokenizer.special.eot is None else (tokenizer.special.eot,)
     decoder = GptDecoder(source.model_config, vocabulary, args.dtype)
     max_new = _max_new(args, prompts, decoder.max_positions)
+    end = () if tokenizer is None or args.ignore_end or tokenizer.special.eot is None else (tokenizer.special.eot,)
+    decode = _spell_ids if tokenizer is None else tokenizer.decode
     params = decoder.layout(nested(source.read(list(source.leaves))), mesh)
+    task = Task(args, texts, prompts, decoder, params, sampling, max_new, end, decode, mesh)
     print(f"{source.label}: {len(prompts)} prompt{'s' if len(prompts) > 1 else ''}", file=sys.stderr)
-    decode = (lambda ids: "".join(f" {i}" for i in ids)) if tokenizer is None else tokenizer.decode
-
     begun, tokens = time.perf_counter(), 0
-    if args.beams is not None:
-        found = _search(args, decoder, params, prompts, max_new, end, decode)
+    if len(prompts) * args.samples == 1 and args.beams is None and not args.json:
+        tokens = _show_alone(task)
     else:
-        from bertgpt_jax.generation.continuation import Continuation
-
-        alone = len(prompts) * args.samples == 1 and not args.json
-        call = {"tokens_a_call": 1} if alone else {}
-        settings = dict(stop_ids=end, slide=args.slide, seed=args.seed, mesh=mesh)
-        continuation = Continuation(decoder, params, sampling, max_new, **settings, **call)
-        if alone:
-            tokens = _show_alone(continuation, texts[0], prompts[0], decode, args.stop)
-        found = iter(()) if alone else _sample(args, continuation, prompts, decode)
-    for row in found:
-        tokens += row["tokens"]
-        _print_row(row | {"prompt": texts[row["prompt"]]}, row["prompt"], args.json)
+        for row in _sample(task) if args.beams is None else _search(task):
+            tokens += row["tokens"]
+            _print_row(row, texts, args.json)
     print(f"finished: {tokens:,} new tokens in {time.perf_counter() - begun:.1f} s", file=sys.stderr)
     return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is to be continued, with what, and how.
+
+    Attributes:
+        texts, prompts: of each prompt, as given and as ids.
+        end: ids that end a row.
+        decode: ids -> text.
+    """
+
+    args: argparse.Namespace
+    texts: Sequence[str]
+    prompts: Sequence[Sequence[int]]
+    decoder: Any
+    params: Any
+    sampling: Any
+    max_new: int
+    end: tuple[int, ...]
+    decode: Callable[[Sequence[int]], str]
+    mesh: Any
+
+
+def _spell_ids(ids: Sequence[int]) -> str:
+    return "".join(f" {i}" for i in ids)
 
 
 # ---------------------------------------------------------------- arguments
@@ -191,70 +209,74 @@ def _max_new(args: argparse.Namespace, prompts: Sequence[Sequence[int]], context
 # ---------------------------------------------------------------- texts
 
 
-def _show_alone(continuation: Continuation, text: str, prompt: Sequence[int], decode: Any, stops: Sequence[str]) -> int:
+def _continuation(task: Task, **settings: int) -> Continuation:
+    from bertgpt_jax.generation.continuation import Continuation
+
+    args = task.args
+    return Continuation(
+        task.decoder, task.params, task.sampling, task.max_new, stop_ids=task.end, slide=args.slide, seed=args.seed,
+        mesh=task.mesh, **settings,
+    )  # fmt: skip
+
+
+def _show_alone(task: Task) -> int:
     """Writes the one continuation as it comes; returns its number of tokens."""
     from bertgpt_jax.generation.stream import TextStream
 
-    stream = TextStream(decode, prompt, stops)
+    stream = TextStream(task.decode, task.prompts[0], task.args.stop)
 
     def show(_: int, tokens: list[int]) -> bool:
         print(stream.feed(tokens), end="", flush=True)
         return stream.stop is not None
 
-    print(text, end="", flush=True)
-    new = continuation.run([prompt], watch=show)
+    print(task.texts[0], end="", flush=True)
+    new = _continuation(task, tokens_a_call=1).run(task.prompts, watch=show)
     print(stream.finish(), flush=True)
     return len(new[0])
 
 
-def _sample(
-    args: argparse.Namespace, continuation: Continuation, prompts: Sequence[Sequence[int]], decode: Any
-) -> Iterator[dict[str, Any]]:
+def _sample(task: Task) -> Iterator[dict[str, Any]]:
     """Every prompt's samples, a batch at a time."""
     from bertgpt_jax.generation.stream import TextStream
 
-    rows = [(i, sample) for i in range(len(prompts)) for sample in range(args.samples)]
-    for begin in range(0, len(rows), args.batch_size):
-        batch = rows[begin : begin + args.batch_size]
-        streams = [TextStream(decode, prompts[i], args.stop) for i, _ in batch]
+    continuation, size = _continuation(task), task.args.batch_size
+    rows = [(i, sample) for i in range(len(task.prompts)) for sample in range(task.args.samples)]
+    for begin in range(0, len(rows), size):
+        batch = rows[begin : begin + size]
+        streams = [TextStream(task.decode, task.prompts[i], task.args.stop) for i, _ in batch]
 
         def watch(row: int, tokens: list[int], streams: list[TextStream] = streams) -> bool:
             streams[row].feed(tokens)
             return streams[row].stop is not None
 
-        new = continuation.run([prompts[i] for i, _ in batch], batch, watch)
+        new = continuation.run([task.prompts[i] for i, _ in batch], batch, watch)
         for (i, sample), stream, tokens in zip(batch, streams, new, strict=True):
             yield {"prompt": i, "sample": sample, "text": stream.text, "tokens": len(tokens), "stop": stream.stop}
 
 
-def _search(
-    args: argparse.Namespace,
-    decoder: Any,
-    params: Any,
-    prompts: Sequence[Sequence[int]],
-    max_new: int,
-    end: tuple[int, ...],
-    decode: Any,
-) -> Iterator[dict[str, Any]]:
+def _search(task: Task) -> Iterator[dict[str, Any]]:
     """The best continuations of every prompt by beam search."""
     from bertgpt_jax.generation.beam import search
     from bertgpt_jax.generation.stream import TextStream
 
-    alpha = 0.6 if args.alpha is None else args.alpha
-    for begin in range(0, len(prompts), args.batch_size):
-        batch = prompts[begin : begin + args.batch_size]
-        for i, found in enumerate(search(decoder, params, batch, args.beams, max_new, alpha, end), start=begin):
-            for sample, (tokens, score) in enumerate(found[: args.samples]):
-                stream = TextStream(decode, prompts[i], args.stop)
-                stream.feed([token for token in tokens if token not in end])
+    args, alpha = task.args, 0.6 if task.args.alpha is None else task.args.alpha
+    for begin in range(0, len(task.prompts), args.batch_size):
+        batch = task.prompts[begin : begin + args.batch_size]
+        found = search(task.decoder, task.params, batch, args.beams, task.max_new, alpha, task.end)
+        for i, beams in enumerate(found, start=begin):
+            for sample, (tokens, score) in enumerate(beams[: args.samples]):
+                stream = TextStream(task.decode, task.prompts[i], args.stop)
+                stream.feed([token for token in tokens if token not in task.end])
                 row = {"prompt": i, "sample": sample, "text": stream.text, "tokens": len(tokens), "stop": stream.stop}
                 yield row | {"score": round(score, 6)}
 
 
-def _print_row(row: dict[str, Any], number: int, as_json: bool) -> None:
+def _print_row(row: dict[str, Any], texts: Sequence[str], as_json: bool) -> None:
+    """A continuation of prompt number `row["prompt"]`."""
+    text = texts[row["prompt"]]
     if as_json:
-        print(json.dumps(row, ensure_ascii=False), flush=True)
+        print(json.dumps(row | {"prompt": text}, ensure_ascii=False), flush=True)
         return
     score = f", score {row['score']:.4f}" if "score" in row else ""
-    print(f"--- prompt {number + 1}, sample {row['sample'] + 1}{score}")
-    print(row["prompt"] + row["text"], flush=True)
+    print(f"--- prompt {row['prompt'] + 1}, sample {row['sample'] + 1}{score}")
+    print(text + row["text"], flush=True)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Collection, Sequence
-from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +13,8 @@ from jax.sharding import Mesh
 
 from bertgpt_jax.errors import UsageError
 from bertgpt_jax.generation.decode import Decoder
-from bertgpt_jax.generation.sampling import Sampling, choose, row_keys
+from bertgpt_jax.generation.loop import State, advance, begin
+from bertgpt_jax.generation.sampling import Sampling, row_keys
 from bertgpt_jax.parallel import sharding
 from bertgpt_jax.shapes import Array, PyTree
 
@@ -24,25 +23,6 @@ COLUMNS = 32
 
 TOKENS_A_CALL = 16
 """Tokens between two looks at stop strings; the host's part of a call is shared by them."""
-
-
-class State(NamedTuple):
-    """Between two calls of the loop.
-
-    Attributes:
-        tokens_B: the last token of each row, not yet read by the model.
-        keys_B: a random key a row; the token with number n is drawn with the key folded with n.
-        seen_BV: bool, tokens each row has, for the repetition penalty; None without one.
-        done_B: bool, the row has drawn a stop token.
-        number: int32 [], tokens drawn so far.
-    """
-
-    tokens_B: Array
-    cache: PyTree
-    keys_B: Array
-    seen_BV: Array | None
-    done_B: Array
-    number: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,12 +73,12 @@ class Continuation:
         rows = len(prompts)
         numbers = [(row, 0) for row in range(rows)] if numbers is None else numbers
         texts, new = [list(map(int, prompt)) for prompt in prompts], [[] for _ in prompts]
-        ended = [False] * rows
+        ended, begins = [False] * rows, [0] * rows
         state, capacity, drawn = None, 0, 0
         with contextlib.nullcontext() if self.mesh is None else sharding.mesh_context(self.mesh):
             while drawn < self.max_new and not all(ended):
                 if capacity == 0:
-                    state, first, capacity = self._begin(texts, numbers, drawn)
+                    state, first, capacity = self._begin(texts, begins, numbers, drawn)
                     tokens_BN = first[:, None]
                 else:
                     count = min(self.tokens_a_call, capacity, self.max_new - drawn)
@@ -115,11 +95,18 @@ class Continuation:
         return new
 
     def _begin(
-        self, texts: list[list[int]], numbers: Sequence[tuple[int, int]], drawn: int
+        self, texts: list[list[int]], begins: list[int], numbers: Sequence[tuple[int, int]], drawn: int
     ) -> tuple[State, np.ndarray, int]:
-        """Reads what the context holds of the texts: (state, first drawn token of each row, how many more fit)."""
+        """Reads the texts from `begins` on: (state, first drawn token of each row, how many more fit).
+
+        Args:
+            begins: where the context begins in each text; moved on where it is full.
+        """
         limit = self.decoder.max_positions
-        read = [text if len(text) <= limit else text[-max(limit // 2, 1) :] for text in texts]
+        for row, text in enumerate(texts):  # each by its own length: whoever shares the batch changes nothing
+            if len(text) - begins[row] > limit:
+                begins[row] = len(text) - max(limit // 2, 1)
+        read = [text[begin:] for text, begin in zip(texts, begins, strict=True)]
         room = min(limit - max(map(len, read)), self.max_new - drawn - 1)
         rows = self._padded(len(texts))
         read = [read[row % len(read)] for row in range(rows)]  # rows that only fill the mesh repeat the others
@@ -129,7 +116,7 @@ class Continuation:
             seen_BV = np.zeros((rows, self.decoder.vocab_size), bool)
             for row in range(rows):
                 seen_BV[row, texts[row % len(texts)]] = True
-        state = _begin(
+        state = begin(
             self.decoder,
             self.sampling,
             tokens_BT.shape[1] + rounded(room),
@@ -139,15 +126,15 @@ class Continuation:
             row_keys(self.seed, np.resize(np.array(numbers, np.uint32), (rows, 2))),
             None if seen_BV is None else self._placed(seen_BV),
             np.int32(drawn),
-            np.array(self.stop_ids, np.int32),
+            self._stops(),
         )
         return state, np.asarray(state.tokens_B)[: len(texts)], room
 
     def _advance(self, state: State, count: int) -> tuple[State, np.ndarray]:
         """Draws up to `count` tokens a row, fewer if all rows end: (state, tokens [B, n])."""
-        before, stop_ids = int(state.number), np.array(self.stop_ids, np.int32)
-        state, tokens_BN = _advance(
-            self.decoder, self.sampling, self.tokens_a_call, self.params, state, np.int32(count), stop_ids
+        before = int(state.number)
+        state, tokens_BN = advance(
+            self.decoder, self.sampling, self.tokens_a_call, self.params, state, np.int32(count), self._stops()
         )
         return state, np.asarray(tokens_BN)[:, : int(state.number) - before]
 
@@ -155,6 +142,10 @@ class Continuation:
         """Rows of the arrays: a multiple of what the mesh divides them by."""
         step = 1 if self.mesh is None else sharding.axis_size(self.mesh, sharding.ROWS[0])
         return -(-rows // step) * step
+
+    def _stops(self) -> np.ndarray:
+        """Never empty: one program for no stop token and for one."""
+        return np.array(self.stop_ids or (-1,), np.int32)
 
     def _placed(self, array: np.ndarray) -> Array:
         return jnp.asarray(array) if self.mesh is None else jax.device_put(array, sharding.batch_sharding(self.mesh))
@@ -192,74 +183,3 @@ def _until(tokens: np.ndarray, stop_ids: Collection[int]) -> tuple[list[int], bo
         if token in stop_ids:
             return ids[:i], True
     return ids, False
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _begin(
-    decoder: Decoder,
-    sampling: Sampling,
-    slots: int,
-    params: PyTree,
-    tokens_BT: Array,
-    starts_B: Array,
-    keys_B: Array,
-    seen_BV: Array | None,
-    number: Array,
-    stop_ids: Array,
-) -> State:
-    logits_BV, cache = decoder.prefill(params, tokens_BT, starts_B, slots)
-    state = State(starts_B, cache, keys_B, seen_BV, jnp.zeros(starts_B.shape, bool), number)
-    return _drawn(state, logits_BV, cache, sampling, stop_ids)
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
-def _advance(
-    decoder: Decoder,
-    sampling: Sampling,
-    limit: int,
-    params: PyTree,
-    state: State,
-    count: Array,
-    stop_ids: Array,
-) -> tuple[State, Array]:
-    """`count` (at most `limit`) tokens of every row, fewer once all rows are done: (state, tokens [B, limit])."""
-    begun, rows = state.number, state.tokens_B.shape[0]
-
-    def unfinished(carry: tuple[State, Array]) -> Array:
-        return (carry[0].number - begun < count) & ~jnp.all(carry[0].done_B)
-
-    def one(carry: tuple[State, Array]) -> tuple[State, Array]:
-        state, tokens_BN = carry
-        logits_BV, cache = decoder.step(params, state.tokens_B, _with_rows(state.cache, rows))
-        after = _drawn(state, logits_BV, _without_one_row(cache, rows), sampling, stop_ids)
-        column = state.number - begun
-        return after, jax.lax.dynamic_update_slice(tokens_BN, after.tokens_B[:, None], (0, column))
-
-    state = state._replace(cache=_without_one_row(state.cache, rows))
-    state, tokens_BN = jax.lax.while_loop(unfinished, one, (state, jnp.zeros((rows, limit), jnp.int32)))
-    return state._replace(cache=_with_rows(state.cache, rows)), tokens_BN
-
-
-def _without_one_row(cache: PyTree, rows: int) -> PyTree:
-    """The cache of a single row without the row dimension.
-
-    XLA drops that dimension from the attention products; carried through the loop with it, the cache is written twice,
-    once in each shape, and copied for it in every step.
-    """
-    return jax.tree.map(lambda leaf: leaf[0] if leaf.ndim > 1 else leaf, cache) if rows == 1 else cache
-
-
-def _with_rows(cache: PyTree, rows: int) -> PyTree:
-    """The inverse of `_without_one_row`."""
-    return jax.tree.map(lambda leaf: leaf[None] if leaf.ndim > 1 else leaf, cache) if rows == 1 else cache
-
-
-def _drawn(state: State, logits_BV: Array, cache: PyTree, sampling: Sampling, stop_ids: Array) -> State:
-    """The state after drawing from `logits_BV`."""
-    keys_B = jax.vmap(jax.random.fold_in, (0, None))(state.keys_B, state.number)
-    tokens_B = choose(logits_BV, sampling, keys_B, state.seen_BV)
-    seen_BV = state.seen_BV
-    if seen_BV is not None:
-        seen_BV = seen_BV.at[jnp.arange(len(tokens_B)), tokens_B].set(True)
-    done_B = state.done_B | jnp.any(tokens_B[:, None] == stop_ids[None], -1)
-    return State(tokens_B, cache, state.keys_B, seen_BV, done_B, state.number + 1)

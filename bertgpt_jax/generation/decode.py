@@ -95,9 +95,9 @@ class GptDecoder:
         """
         if mesh is not None:
             params = jax.device_put(params, sharding.parameter_shardings(self._abstract(), mesh))
-        params = jax.tree.map(self._weight, params)
-        ends = {name: tree for name, tree in params.items() if name != "layers"}
-        laid = {"ends": ends, "layers": unstack(params["layers"])}
+        layers = unstack(params["layers"])  # first: slices of host arrays are views
+        ends = jax.tree.map(self._weight, {name: tree for name, tree in params.items() if name != "layers"})
+        laid = {"ends": ends, "layers": jax.tree.map(self._weight, layers)}
         if self.transposed_head:
             laid["head_DV"] = jnp.copy(ends["token_embedding" if self.config.tied_head else "output"]["table"].T)
         return laid

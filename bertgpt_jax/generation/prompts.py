@@ -40,10 +40,9 @@ def check_known(tokenizer: Tokenizer, text: str, ids: np.ndarray, name: str, all
     unknown = tokenizer.special.unk
     if allow_unknown or unknown is None or unknown not in ids:
         return
-    parts = dict.fromkeys(re.findall(r"\w+|\S", text))
-    named = [part for part in parts if unknown in tokenizer.encode(part)]
-    if len(named) == 1 and len(named[0]) > 1:  # of characters the one, of words the word
-        named = [c for c in dict.fromkeys(named[0]) if unknown in tokenizer.encode(c)] or named
+    words = [word for word in re.findall(r"\w+|\S", text) if unknown in tokenizer.encode(word)]
+    characters = {word: [c for c in word if unknown in tokenizer.encode(c)] for word in words}
+    named = list(dict.fromkeys(part for word in words for part in characters[word] or [word]))
     listed = ", ".join(repr(part) for part in named[:_NAMED]) + (", ..." if len(named) > _NAMED else "")
     raise DataError(
         f"{name}: the vocabulary has no tokens for {listed or 'parts of it'}; the model would read "

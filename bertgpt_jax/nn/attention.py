@@ -146,7 +146,7 @@ class KeyValues(NamedTuple):
             new_BNTH = new_BTNH.swapaxes(1, 2).astype(old_BNSH.dtype)
             if slot is None:
                 both_BNSH = jnp.concatenate([old_BNSH, new_BNTH], 2)
-            elif old_BNSH.shape[0] == 1:  # as XLA reads it in the products; written in another shape, it is written twice
+            elif old_BNSH.shape[0] == 1:  # the shape in which XLA reads it; in another, it would be written twice
                 both_BNSH = jax.lax.dynamic_update_slice_in_dim(old_BNSH[0], new_BNTH[0], slot, 1)[None]
             else:
                 both_BNSH = jax.lax.dynamic_update_slice_in_dim(old_BNSH, new_BNTH, slot, 2)

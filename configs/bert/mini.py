@@ -4,7 +4,7 @@ Paper:    Turc et al. 2019 (size); Devlin et al. 2019 (objective)
 Command:  python tools/train.py configs/bert/mini.py corpus.path='["wiki/a.gz", "wiki/b.gz"]' --workdir runs/bert-mini
 Hardware: 2 CPU cores
 Hours:    0.7
-Expect:   on 13 files of English Wikipedia held-out masked loss 6.53 (the unigram distribution's is 7.10), next sentence 68%
+Expect:   on 13 files of English Wikipedia held-out masked loss 6.53 (the unigram distribution's is 7.10)
 """
 
 from bertgpt_jax.corpus.config import CorpusConfig, HashSplit, WordPieceConfig

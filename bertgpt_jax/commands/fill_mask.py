@@ -138,8 +138,8 @@ def _write(args: argparse.Namespace, model: Any, source: Any) -> int:
     print(text)
     if order:
         print("filled in this order: " + " ".join(tokenizer.token(int(ids[at])) for at in order))
-    print(f"log P of what was written, left to right {forward:.2f}, right to left {backward:.2f}: ", end="")
     print(
-        f"a distribution over texts would give one number; these differ by a factor of e^{abs(forward - backward):.2f}"
+        f"log P of these tokens: {forward:.2f} from left to right, {backward:.2f} from right to left. A distribution over"
     )
+    print(f"texts would give one number; the two probabilities differ by a factor of e^{abs(forward - backward):.2f}.")
     return 0

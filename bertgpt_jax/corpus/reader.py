@@ -6,6 +6,7 @@ import json
 import threading
 from collections import OrderedDict
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -122,6 +123,11 @@ class CorpusReader(Corpus):
         if missing:
             count = f"{len(missing)} of {len(names)} shards are missing: {', '.join(missing[:5])}"
             raise DataError(f"{self.path}: {count}; prepare the corpus again")
+
+    @property
+    def rows_directory(self) -> Path | None:
+        """Where indices over the corpus are kept beside it; None in a bucket: there they are made anew."""
+        return None if isinstance(self.path, BucketPath) else self.path / "rows"
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

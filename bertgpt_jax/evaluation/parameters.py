@@ -126,7 +126,7 @@ def evaluate_params(
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: array[index])
 
     placed = nested({name: place(name, leaf) for name, leaf in abstract.items()})
-    held_out = make_held_out(config, 0, corpus, Path(corpus.path) / "rows")
+    held_out = make_held_out(config, 0, corpus, corpus.rows_directory)
     step = setup.lower_eval_step(program, config.stages[0]).compile()
     return evaluate_stage(program, held_out, step, placed, batches), held_out
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -70,7 +69,7 @@ def evaluate_workdir(
     program = setup.make_program(config, make_mesh(config.execution.mesh))
     state, _ = restore(workdir, {"params": program.abstract_state["params"]}, meta["step"], partial=True)
     first = corpus.first if isinstance(corpus, CorpusMixture) else corpus
-    held_out = make_held_out(config, 0, corpus, Path(first.path) / "rows")
+    held_out = make_held_out(config, 0, corpus, first.rows_directory)
     step = setup.lower_eval_step(program, stage).compile()
     metrics = evaluate_stage(program, held_out, step, state["params"], batches)
     parts = parts_of(held_out)

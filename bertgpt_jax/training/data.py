@@ -34,7 +34,7 @@ def make_train(
 
 
 def make_held_out(
-    config: RunConfig, index: int, corpus: Corpus | CorpusMixture, cache_dir: Path, debug: bool = False
+    config: RunConfig, index: int, corpus: Corpus | CorpusMixture, cache_dir: Path | None, debug: bool = False
 ) -> Dataset | Mixture:
     """What stage `index` is evaluated on: the held-out split; of a mixture, those of the corpora that have one."""
     make = partial(_dataset, config, index, "held_out", config.stages[index].sequence_length, cache_dir, debug)
@@ -50,7 +50,7 @@ def _dataset(
     index: int,
     split: str,
     sequence_length: int,
-    cache_dir: Path,
+    cache_dir: Path | None,
     debug: bool,
     corpus: Corpus,
     part: tuple[int, str] | None = None,

@@ -137,6 +137,7 @@ def test_a_run_from_a_directory_to_a_directory(place, tmp_path, monkeypatch, cap
     argv = ["continue/gpt2", f"init_from={origin}", f"corpus.path={place / 'text.txt'}", *TINY]
     argv += ["stages.0.steps=3", "stages.0.schedule.warmup_steps=1", "stages.0.schedule.peak=0.003"]
     argv += ["execution.eval_every=3", "execution.save_every=3", "execution.export.every=3"]
+    argv += ["stages.0.schedule.total_steps=6"]
     argv += [f"execution.general_text={place / 'text.txt'}", "--workdir", str(workdir)]
     assert train.main(argv) == 0
     said = capsys.readouterr().out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -124,7 +125,7 @@ def _write(args: argparse.Namespace, model: Any, source: Any) -> int:
     else:
         ids = writer.gibbs(ids, free, args.sweeps or 10)
     forward, backward = writer.both_orders(ids, free)
-    text = tokenizer.decode(ids[1:-1])
+    text, apart = tokenizer.decode(ids[1:-1]), min(abs(forward - backward), 700.0)
     if args.json:
         found = {
             "text": text,
@@ -138,8 +139,6 @@ def _write(args: argparse.Namespace, model: Any, source: Any) -> int:
     print(text)
     if order:
         print("filled in this order: " + " ".join(tokenizer.token(int(ids[at])) for at in order))
-    print(
-        f"log P of these tokens: {forward:.2f} from left to right, {backward:.2f} from right to left. A distribution over"
-    )
-    print(f"texts would give one number; the two probabilities differ by a factor of e^{abs(forward - backward):.2f}.")
+    print(f"log P of these tokens: {forward:.2f} from left to right, {backward:.2f} from right to left. A distribution")
+    print(f"over texts would give one number; these two probabilities differ by a factor of {math.exp(apart):.3g}.")
     return 0

@@ -6,8 +6,9 @@ import jax
 
 from bertgpt_jax.parallel.mesh import make_mesh
 from bertgpt_jax.parallel.sharding import bytes_per_device, flatten
+from bertgpt_jax.training.ahead import assume_vocabulary
 from bertgpt_jax.training.metrics import short_number
-from bertgpt_jax.training.run_config import RunConfig, with_vocabulary
+from bertgpt_jax.training.run_config import RunConfig
 from bertgpt_jax.training.setup import Program, make_program, stage_state
 
 
@@ -19,10 +20,7 @@ def describe(config: RunConfig) -> str:
     Raises:
         ConfigError: whatever would stop the run before its data is read.
     """
-    assumed = config.model.vocab_size or getattr(config.corpus.tokenizer, "vocab_size", 256)
-    program = make_program(
-        with_vocabulary(config, min(assumed, config.model.vocab_size or assumed)), make_mesh(config.execution.mesh)
-    )
+    program = make_program(assume_vocabulary(config), make_mesh(config.execution.mesh))
     sizes = ", ".join(f"{axis}={size}" for axis, size in program.mesh.shape.items())
     lines = [
         f"model        {config.model.kind}, {program.parameters:,} parameters, "

@@ -114,6 +114,20 @@ def batch_ramp(sizes: Sequence[tuple[float, int]], sequence_length: int) -> tupl
     return tuple(changes)
 
 
+def without_weight(batch: Batch, rows: np.ndarray) -> Batch:
+    """`batch` with weight 0 in some rows, which then add nothing to any sum: they fill up what a mesh does not divide.
+
+    Args:
+        rows: bool [B], True for those.
+    """
+    if not rows.any():
+        return batch
+    zeroed = {name: array.copy() for name, array in batch.items() if name.endswith("weights")}
+    for array in zeroed.values():
+        array[rows] = 0
+    return {**batch, **zeroed}
+
+
 class Ramped:
     """Batches of a split along a ramp, each row of an epoch used once whatever the batch size.
 

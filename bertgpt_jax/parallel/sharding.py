@@ -19,6 +19,9 @@ from bertgpt_jax.shapes import PyTree
 ROWS = PartitionSpec(("data", "fsdp"))
 """How every array of a batch is split: by rows, over replicas and parameter shards alike."""
 
+SEQUENCE = "context"
+"""The mesh axis over which sequences are split."""
+
 
 @contextmanager
 def mesh_context(mesh: Mesh):
@@ -100,6 +103,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, ROWS)
 
 
+def array_sharding(mesh: Mesh, shape: tuple[int, ...], length: int) -> NamedSharding:
+    """Sharding of one array of a batch of sequences of `length`: by rows, and along the sequence where it has one."""
+    along = len(shape) > 1 and shape[1] == length and length % mesh.shape[SEQUENCE] == 0
+    return NamedSharding(mesh, PartitionSpec(ROWS[0], SEQUENCE)) if along else batch_sharding(mesh)
+
+
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     """Sorted row indices of a global batch that this process's devices hold.
 
@@ -112,12 +121,24 @@ def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
 
 
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh, batch_size: int) -> dict[str, jax.Array]:
-    """Puts this process's rows (`local_rows`, in order) of a global batch onto its devices."""
-    sharding = batch_sharding(mesh)
-    return {
-        name: jax.make_array_from_process_local_data(sharding, array, (batch_size, *array.shape[1:]))
-        for name, array in batch.items()
-    }
+    """Puts this process's rows (`local_rows`, in order) of a global batch onto its devices, sequences in parts.
+
+    Args:
+        batch: `tokens` [rows, T] among its arrays, sequences whole and in their own order.
+    """
+    mine, length = local_rows(mesh, batch_size), batch["tokens"].shape[1]
+
+    def place(array: np.ndarray) -> jax.Array:
+        shape = (batch_size, *array.shape[1:])
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            first = np.searchsorted(mine, index[0].start or 0)
+            rows = len(range(*index[0].indices(batch_size)))
+            return array[(slice(first, first + rows), *index[1:])]
+
+        return jax.make_array_from_callback(shape, array_sharding(mesh, shape, length), part)
+
+    return {name: place(array) for name, array in batch.items()}
 
 
 def platform(mesh: Mesh) -> str:
@@ -129,6 +150,12 @@ def platform(mesh: Mesh) -> str:
 def batch_shards(mesh: Mesh) -> int:
     """Number of parts that the rows of a batch are split into."""
     return axis_size(mesh, ROWS[0])
+
+
+def padded_rows(batch_size: int, mesh: Mesh) -> int:
+    """The smallest number of rows from `batch_size` on that the mesh divides."""
+    shards = batch_shards(mesh)
+    return -(-batch_size // shards) * shards
 
 
 def check_batch(batch_size: int, microbatches: int, mesh: Mesh, name: str) -> None:

@@ -6,13 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from bertgpt_jax.batches.dataset import Dataset
 from bertgpt_jax.batches.mixture import Mixture, parts_of
 from bertgpt_jax.batches.pipeline import prefetch
+from bertgpt_jax.batches.ramp import without_weight
 from bertgpt_jax.errors import Diverged
 from bertgpt_jax.evaluation import held_out
-from bertgpt_jax.parallel.sharding import local_rows, place_batch
+from bertgpt_jax.parallel.sharding import local_rows, padded_rows, place_batch
 from bertgpt_jax.shapes import PyTree
 from bertgpt_jax.training.checkpoint import Checkpoints
 from bertgpt_jax.training.clock import Clock
@@ -111,11 +113,13 @@ class Loop:
 
     def _batches(self, stage: Stage) -> Any:
         data, mesh = stage.train, self.program.mesh
-        mine = {size: local_rows(mesh, size) for size in {segment.batch_size for segment in data.ramp.segments}}
+        padded = {s.batch_size: padded_rows(s.batch_size, mesh) for s in data.ramp.segments}
+        mine = {size: local_rows(mesh, rows) for size, rows in padded.items()}
 
         def build(n: int) -> dict[str, jax.Array]:
-            rows = data.ramp.segment(n).batch_size
-            return place_batch(data.batch(n, mine[rows]), mesh, rows)
+            size = data.ramp.segment(n).batch_size
+            batch = data.batch(n, np.minimum(mine[size], size - 1))
+            return place_batch(without_weight(batch, mine[size] >= size), mesh, padded[size])
 
         first, last = self.step - stage.start, stage.stop - stage.start
         return prefetch(build, first, last, self._execution.data_threads, self._execution.prefetch)

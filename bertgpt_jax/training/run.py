@@ -256,6 +256,9 @@ class _Session:
                 shape = setup.shape_config(self.program, stage.config, stage.train.ramp.segments[i])
                 if shape not in shapes:
                     shapes[shape] = setup.lower_train_step(self.program, shape).compile()
+                    rows = stage.train.ramp.segments[i].batch_size
+                    if shape.batch_size > rows:
+                        self.say(f"batches of {rows} rows are filled up to {shape.batch_size} with rows of weight 0")
                     if last > first:
                         self.say(f"compiled batch {shape.batch_size} x {shape.sequence_length}")
                 steps[i] = shapes[shape]

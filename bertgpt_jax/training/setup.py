@@ -100,20 +100,21 @@ def make_stages(config: RunConfig, datasets: list[tuple[Ramped, Dataset | Mixtur
 
 
 def check_batches(config: RunConfig, mesh: Mesh) -> None:
-    """ConfigError where the rows of any batch of any stage do not divide over the mesh and its microbatches."""
+    """ConfigError where the rows of a stage's full batch do not divide over the mesh and its microbatches.
+
+    The smaller ones of a ramp are filled up with rows of weight 0 (`shape_config`).
+    """
     for stage in config.stages:
-        name = f"stages.{stage.name}"
-        sharding.check_batch(stage.batch_size, stage.microbatches, mesh, name)
-        for size in dict.fromkeys(size for _, size in stage.batch_ramp):
-            sharding.check_batch(size, 1, mesh, f"{name}.batch_ramp")
+        sharding.check_batch(stage.batch_size, stage.microbatches, mesh, f"stages.{stage.name}")
 
 
 def shape_config(program: Program, stage: StageConfig, segment: Segment) -> StageConfig:
     """The config of a stage with the batch shape of one segment of its ramp.
 
-    Microbatches are as few as divide the rows of every device and have no more positions than the stage's own.
+    Rows that the mesh does not divide are filled up. Microbatches are as few as divide the rows of every device and
+    have no more positions than the stage's own.
     """
-    size, length = segment.batch_size, segment.sequence_length
+    size, length = sharding.padded_rows(segment.batch_size, program.mesh), segment.sequence_length
     shards = sharding.batch_shards(program.mesh)
     most = stage.batch_size * stage.sequence_length // stage.microbatches
     parts = (k for k in range(1, size // shards + 1) if size % (shards * k) == 0)

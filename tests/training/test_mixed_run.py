@@ -218,7 +218,8 @@ def test_microbatches_along_a_ramp(devices: int) -> None:
     [
         (["corpus.when_exhausted=error", "stages.only.steps=2000"], 65,
          ["runs out at step", "read 1 times", "when_exhausted=wrap"]),
-        (["stages.only.batch_ramp=[[0,12],[3,16]]"], 78, ["stages.only.batch_ramp", "12", "use 8 or 16"]),
+        (["stages.only.batch_ramp=[[0,8],[3,12]]", "stages.only.batch_size=12"], 78,
+         ["stages.only.batch_size 12", "use 8 or 16"]),
         (["stages.only.batch_ramp=[[1,8],[3,16]]"], 78, ["batch_ramp", "[1, 3]", "begin with 0"]),
         (["stages.only.batch_ramp=[[0,8],[3,8]]"], 78, ["batch_ramp", "ends with 8", "16"]),
         (["stages.only.length_ramp=[[0,4],[3,16]]"], 78, ["length_ramp", "4", "at least 8"]),

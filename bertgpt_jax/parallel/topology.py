@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from typing import Any
 
 import jax
 
@@ -37,9 +38,11 @@ def describe(name: str, slices: int = 1) -> tuple[jax.Device, ...]:
 
     for variable, value in ALONE.items():
         os.environ.setdefault(variable, value)
-    several = {"num_slices": slices} if slices > 1 else {}
+    settings: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    if name.startswith("v4"):  # libtpu would make each of a chip's two cores a device, which no run does
+        settings["chip_config_name"] = "megacore"
     try:
-        found = topologies.get_topology_desc(topology_name=name, platform="tpu", **several)
+        found = topologies.get_topology_desc(topology_name=name, platform="tpu", **settings)
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         text = " ".join(str(error).split())
         raise ConfigError(f"topology '{name}': libtpu has none of that name ({text[:200]}); use e.g. v5e:4x4") from None

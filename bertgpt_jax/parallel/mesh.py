@@ -72,8 +72,24 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     devices = list(jax.devices() if devices is None else devices)
     sizes = config.resolve(len(devices))
     shape = tuple(sizes[axis] for axis in AXES)
+    return Mesh(_arranged(devices, shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _arranged(devices: list[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
+    """The devices in the shape of the mesh, neighbours on it near one another; slices lie along `data`.
+
+    Raises:
+        ConfigError: several slices among which the replicas cannot be shared out.
+    """
+    slices = len({getattr(device, "slice_index", None) or 0 for device in devices})
     if devices[0].platform == "cpu":
-        array = np.array(devices).reshape(shape)
-    else:
-        array = mesh_utils.create_device_mesh(shape, devices)
-    return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+        return np.array(devices).reshape(shape)
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    if shape[0] % slices:
+        raise ConfigError(
+            f"mesh.data = {shape[0]} cannot be shared out among {slices} slices; only replicas span slices: "
+            f"use mesh.data={slices} or a multiple"
+        )
+    inside, between = (shape[0] // slices, *shape[1:]), (slices,) + (1,) * (len(shape) - 1)
+    return mesh_utils.create_hybrid_device_mesh(inside, between, devices, allow_split_physical_axes=True)

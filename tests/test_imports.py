@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "evaluation": {
         *("evaluation", "transfer", "training", "parallel", "objectives", "models", "nn", "batches", "corpus", *BASE)
     },
+    "planning": {"planning", "training", "parallel", "objectives", "models", "nn", "batches", "corpus", *BASE},
     "benchmarks": {
         *("benchmarks", "training", "evaluation", "parallel", "objectives", "models", "nn", "batches", "corpus", *BASE),
         *("transfer", "generation"),
@@ -41,7 +42,7 @@ ONLY_IN = {
     "grain": ("batches/pipeline.py", "benchmarks/"),
     "jax": (
         *("nn/", "models/", "parallel/", "objectives/", "training/", "transfer/", "evaluation/", "commands/"),
-        *("benchmarks/", "generation/", "shapes.py"),
+        *("benchmarks/", "generation/", "planning/", "shapes.py"),
     ),
     "orbax": ("training/",),
     "tokenizers": ("corpus/", "transfer/hf_tokenizer.py"),

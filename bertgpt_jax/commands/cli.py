@@ -17,6 +17,7 @@ VERBS = {
     "bert_exact": "the instances of BERT's own script, as JSON lines",
     "curve": "draw learning curves to a PNG",
     "corpus_report": "a corpus in numbers: lengths, unknown tokens, duplicates, masks, padding",
+    "plan": "whether a run fits a pod and how fast it is there, compiled without the pod",
     "replay": "what a step was made of: documents, sources, text, masks",
     "benchmark": "measure a speed beside its peers",
     "launch_local": "start a command as several processes over loopback",

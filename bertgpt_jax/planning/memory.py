@@ -1,0 +1,124 @@
+"""Bytes that a step needs on one device, from sizes alone; held against XLA's own count in `tests/planning`.
+
+Parameters, moments and the batch are exact. What the compiler needs beside them is a model with a few factors, fitted
+to compiled programs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from bertgpt_jax.errors import ConfigError
+from bertgpt_jax.parallel.mesh import AXES
+from bertgpt_jax.parallel.sharding import flatten
+from bertgpt_jax.planning.work import Shards, Work
+from bertgpt_jax.shapes import PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on one device.
+
+    Attributes:
+        params, optimizer, batch: what the step is given.
+        gradients: in fp32, twice where they are summed over microbatches.
+        activations: what the backward pass finds of the forward pass.
+        working: the largest of what exists for a moment: a layer's arrays and gathered weights, or the head's logits.
+    """
+
+    params: int
+    optimizer: int
+    batch: int
+    gradients: int
+    activations: int
+    working: int
+
+    @property
+    def temporaries(self) -> int:
+        """Beside what the step is given."""
+        return self.gradients + self.activations + self.working
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.params + self.optimizer + self.batch + self.temporaries
+
+
+def held_bytes(tree: PyTree, sizes: Mapping[str, int]) -> int:
+    """Bytes that one device holds of a tree whose leaves carry shardings, on a mesh of other sizes than theirs.
+
+    Raises:
+        ConfigError: a dimension that its axes do not divide.
+    """
+    total = 0
+    for name, leaf in flatten(tree).items():
+        shape = list(leaf.shape)
+        for i, axes in enumerate(leaf.sharding.spec):
+            parts = math.prod(sizes[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
+            if shape[i] % parts:
+                raise ConfigError(f"{name}: size {shape[i]} of dimension {i} is not divisible by {axes} = {parts}")
+            shape[i] //= parts
+        total += math.prod(shape) * leaf.dtype.itemsize
+    return total
+
+
+def memory(work: Work, shards: Shards, state: Mapping[str, Any], batch: Mapping[str, Any]) -> Memory:
+    """What a step needs.
+
+    Args:
+        state: abstract training state whose leaves carry shardings; of a mesh of any size.
+        batch: abstract batch, name to array.
+
+    Raises:
+        ConfigError: a dimension that the mesh does not divide.
+    """
+    sizes = dict(zip(AXES, shards, strict=True))
+    params, optimizer = held_bytes(state["params"], sizes), held_bytes(state["optimizer"], sizes)
+    rows = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(dict(batch))) // shards.rows
+    gradients = params * (2 if work.microbatches > 1 else 1)
+    return Memory(params, optimizer, rows, gradients, saved_bytes(work, shards), working_bytes(work, shards))
+
+
+def positions(work: Work, shards: Shards) -> float:
+    """Input positions of one microbatch on one device."""
+    return work.positions / (shards.rows * shards.context * work.microbatches)
+
+
+def layer_saved_bytes(work: Work, shards: Shards) -> float:
+    """Bytes a position that a layer leaves for its backward pass."""
+    d, w = work.width, work.width_bytes
+    heads = work.heads * work.head_size / shards.tensor
+    inner = work.feed_forward / shards.tensor
+    if work.recomputes:
+        return 0.0 if work.remat == "offload" else d * w
+    if work.remat == "dots":
+        return (2 * d + 3 * heads + (work.matrices - 1) * inner) * w
+    scores = 0.0 if work.fused_attention else (2 + 2 * w) * work.length * work.heads / shards.tensor
+    activated = 1 if work.remat == "gelu" else 2
+    return (4 * d + 5 * heads + activated * (work.matrices - 1) * inner) * w + scores
+
+
+def saved_bytes(work: Work, shards: Shards) -> int:
+    """Bytes that all layers of a device leave for the backward pass."""
+    in_flight = min(work.microbatches, shards.pipe) if shards.pipe > 1 else 1
+    layers = work.layers / shards.pipe
+    return int(positions(work, shards) * layers * in_flight * layer_saved_bytes(work, shards))
+
+
+def working_bytes(work: Work, shards: Shards) -> int:
+    """Bytes at the worst moment of the backward pass: in the head, or in a layer."""
+    d, w, n = work.width, work.width_bytes, positions(work, shards)
+    table = work.vocabulary * d / shards.tensor
+    scored = n * work.scored * ((work.head_chunk or work.length) / work.length if work.scored == 1 else 1.0)
+    head = scored * work.vocabulary / shards.tensor * (2 * w + 4) + 2 * table * w
+    layer_weights = work.layer_weights / shards.tensor * w
+    inner = (3 * work.feed_forward + 6 * work.heads * work.head_size) / shards.tensor
+    scores = 0.0 if work.fused_attention else 8 * work.length * work.heads / shards.tensor
+    layer = n * ((6 * d + inner) * w + scores) + 2 * layer_weights
+    lookup = work.vocabulary * d * w  # gathered whole before the lookup
+    return int(max(head, layer) + lookup)

@@ -1,0 +1,120 @@
+"""What one training step computes and how the mesh splits it, in sizes alone: input of the analytic models."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from bertgpt_jax.nn.attention import PathChoice, choose_path
+from bertgpt_jax.nn.masks import AttentionMask
+from bertgpt_jax.parallel.mesh import AXES
+from bertgpt_jax.training.run_config import RunConfig, StageConfig
+
+
+class Shards(NamedTuple):
+    """Sizes of the mesh axes, in their order."""
+
+    data: int
+    fsdp: int
+    pipe: int
+    context: int
+    tensor: int
+
+    @classmethod
+    def of(cls, sizes: Mapping[str, int]) -> Shards:
+        """From a resolved mesh: axis name to size."""
+        return cls(*(sizes[axis] for axis in AXES))
+
+    @property
+    def rows(self) -> int:
+        """Parts that the rows of a batch are split into."""
+        return self.data * self.fsdp
+
+    @property
+    def chips(self) -> int:
+        """Devices of the mesh."""
+        return self.rows * self.pipe * self.context * self.tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """One step of a stage.
+
+    Attributes:
+        layers, width, heads, head_size, feed_forward: of the layer stack.
+        matrices: of a feed-forward layer: 2, or 3 where it is gated.
+        vocabulary, scored: rows of the head's table, share of the positions that reach it.
+        rows, length: of the batch, as it is computed (filled up where the mesh asks for it).
+        microbatches: parts in which it is computed.
+        remat: `ComputeConfig.remat`.
+        fused_attention: by a kernel that keeps no scores.
+        head_chunk: `ComputeConfig.head_chunk`.
+        width_bytes: of an activation's element.
+    """
+
+    layers: int
+    width: int
+    heads: int
+    head_size: int
+    feed_forward: int
+    vocabulary: int
+    rows: int
+    length: int
+    causal: bool = True
+    scored: float = 1.0
+    matrices: int = 2
+    microbatches: int = 1
+    remat: str = "none"
+    fused_attention: bool = True
+    head_chunk: int | None = None
+    width_bytes: int = 2
+
+    @property
+    def layer_weights(self) -> int:
+        """Elements of the matrices of one layer."""
+        return 4 * self.width * self.heads * self.head_size + self.matrices * self.width * self.feed_forward
+
+    @property
+    def positions(self) -> int:
+        """Input positions of the batch."""
+        return self.rows * self.length
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether the backward pass runs whole layers again."""
+        return self.remat in ("full", "offload")
+
+
+def work_of(config: RunConfig, stage: StageConfig, platform: str) -> Work:
+    """The work of a stage's full batch; the vocabulary of the model must be known."""
+    model, compute = config.model, config.execution.compute
+    causal = config.objective.kind == "causal_lm"
+    shape = (1, stage.sequence_length, model.num_heads, model.head_size)
+    path = choose_path(
+        PathChoice(compute.attention, platform),
+        shape,
+        stage.sequence_length,
+        jnp.dtype(compute.dtype),
+        AttentionMask(causal=causal),
+        model.attention_dropout > 0,
+    )
+    return Work(
+        layers=model.num_layers,
+        width=model.hidden_size,
+        heads=model.num_heads,
+        head_size=model.head_size,
+        feed_forward=model.intermediate_size,
+        vocabulary=model.vocab_size,
+        rows=stage.batch_size,
+        length=stage.sequence_length,
+        causal=causal,
+        scored=config.objective.scored_share(stage.sequence_length),
+        microbatches=stage.microbatches,
+        remat=compute.remat,
+        fused_attention=path != "reference",
+        head_chunk=compute.head_chunk,
+        width_bytes=jnp.dtype(compute.dtype).itemsize,
+    )

@@ -1,0 +1,66 @@
+"""GPT-3 125M (Small): 12 layers of width 768, 12 heads of 64.
+
+Every layer is dense; the paper alternates with locally banded sparse ones.
+
+Paper:    Brown et al. 2020, table 2.1 and appendix B
+Command:  python tools/train.py configs/gpt3/125m.py corpus.path='text/*.jsonl.gz' --workdir runs/gpt3-125m
+Hardware: V100s on a cluster, not said how many; planned here for v5e:4x4
+Plan:     not planned yet
+Hours:    not published
+Expect:   few-shot results of the paper's appendix H on its data; not reproduced by this project
+"""
+
+from bertgpt_jax.batches.ramp import Ramp, batch_ramp
+from bertgpt_jax.corpus.config import ByteBPEConfig, CorpusConfig
+from bertgpt_jax.models.gpt import GptConfig
+from bertgpt_jax.nn.blocks import ComputeConfig
+from bertgpt_jax.objectives.causal_lm import CausalLM
+from bertgpt_jax.parallel.mesh import MeshConfig
+from bertgpt_jax.training.optim import AdamW
+from bertgpt_jax.training.run_config import ExecutionConfig, RunConfig, StageConfig
+from bertgpt_jax.training.schedules import Cosine
+
+LENGTH = 2048
+RAMP = batch_ramp(((0, 16), (1e9, 80), (2e9, 144), (3e9, 208), (4e9, 256)), LENGTH)
+
+
+def steps(tokens: float) -> int:
+    """Updates that so many tokens take along the ramp."""
+    return Ramp(RAMP, ((0, LENGTH),)).batches_for(int(tokens), lambda length: length)
+
+
+def get_config() -> RunConfig:
+    """300 billion tokens: 375 million of warmup, a cosine to a tenth at 260 billion, then constant."""
+    return RunConfig(
+        corpus=CorpusConfig(sentences="none", tokenizer=ByteBPEConfig(vocab_size=50_257)),
+        model=GptConfig(
+            vocab_size=50_304,  # a multiple of 128, which meshes divide
+            max_positions=LENGTH,
+            num_layers=12,
+            hidden_size=768,
+            num_heads=12,
+            intermediate_size=3072,
+            hidden_dropout=0.0,
+            attention_dropout=0.0,
+        ),
+        objective=CausalLM(),
+        stages=(
+            StageConfig(
+                tokens=300_000_000_000,
+                sequence_length=LENGTH,
+                batch_size=256,
+                batch_ramp=RAMP,
+                microbatches=2,
+                optimizer=AdamW(b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, clip_norm=1.0),
+                schedule=Cosine(peak=6.0e-4, warmup_steps=steps(375e6), total_steps=steps(260e9), final_fraction=0.1),
+            ),
+        ),
+        execution=ExecutionConfig(
+            mesh=MeshConfig(data=1, fsdp=-1),
+            compute=ComputeConfig(dtype="bfloat16", remat="dots"),
+            log_every=100,
+            eval_every=2_000,
+            eval_batches=50,
+            save_every=1_000,
+        ),
+    )

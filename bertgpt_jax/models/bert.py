@@ -119,14 +119,14 @@ class Bert(nn.Module):
     def masked_hidden(self, x_BTD: Hidden, mask_positions_BP: Array) -> Array:
         """What the vocabulary head reads [B, P, D], of the given positions only: its cost is per prediction."""
         x_BPD = jnp.take_along_axis(x_BTD, mask_positions_BP[..., None], axis=1)
-        x_BPD = activation(self.config.activation)(self.masked_transform(constrain(x_BPD, "batch", None, "act_embed")))
+        x_BPD = activation(self.config.activation)(self.masked_transform(constrain(x_BPD, "batch", "predictions", "act_embed")))
         return self.masked_norm(x_BPD)
 
     def logits(self, x_BPD: Array) -> Array:
         """Vocabulary logits [B, P, V] of what `masked_hidden` gives."""
         output = self.token_embedding if self.config.tied_head else self.masked_output
         logits_BPV = output.attend(x_BPD) + self.masked_bias.astype(x_BPD.dtype)
-        return constrain(logits_BPV, "batch", None, "act_vocab")
+        return constrain(logits_BPV, "batch", "predictions", "act_vocab")
 
     def masked_logits(self, x_BTD: Hidden, mask_positions_BP: Array) -> Array:
         """Vocabulary logits [B, P, V] of final hidden states at the given positions."""

@@ -99,7 +99,8 @@ class Gpt(nn.Module):
         """What the layers read, in the compute dtype."""
         dtype = jnp.dtype(self.compute.dtype)
         x_BTD = self.token_embedding(tokens_BT, dtype) + self.position_embedding(positions_BT, dtype)
-        x_BTD = dropout(x_BTD, self.config.hidden_dropout, dropout_key(self))
+        arrange = self.compute.attention_choice().arrange
+        x_BTD = dropout(x_BTD, self.config.hidden_dropout, dropout_key(self), arrange)
         return constrain(x_BTD, "batch", "length", "act_embed")
 
     def normalize(self, x_BTD: Hidden) -> Hidden:

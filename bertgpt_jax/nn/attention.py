@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bertgpt_jax.errors import ConfigError
-from bertgpt_jax.nn import cudnn, splash
+from bertgpt_jax.nn import cudnn, ring, sequence, splash
 from bertgpt_jax.nn.layers import constrain, dropout
 from bertgpt_jax.nn.masks import AttentionMask
 from bertgpt_jax.shapes import Array, Heads
@@ -25,7 +27,11 @@ Path = Literal["reference", "splash", "cudnn"]
 PREFERRED: dict[str, Path] = {"tpu": "splash", "gpu": "cudnn"}
 """What `auto` tries first on a platform."""
 
-_KERNELS = {"splash": (splash.obstacles, splash.splash_attention), "cudnn": (cudnn.obstacles, cudnn.cudnn_attention)}
+Form = Literal["all_gather", "ring"]
+"""Where a mesh splits the sequence: every device gathers all keys and values of a layer, or they go round."""
+
+_KERNELS = {"splash": splash.obstacles, "cudnn": cudnn.obstacles}
+"""Why a kernel cannot serve."""
 
 log = logging.getLogger(__name__)
 
@@ -36,10 +42,24 @@ class PathChoice(NamedTuple):
     Attributes:
         wanted: a path that must serve, or `auto`: the platform's best that can.
         platform: what the program is compiled for: cpu, gpu or tpu.
+        form: of attention over a sequence that the mesh splits; `auto`: gathered where a kernel computes it, else the
+            ring if it can serve.
+        zigzag: sequences that the mesh splits lie in zigzag order (`nn.sequence`).
     """
 
     wanted: Literal["auto"] | Path = "reference"
     platform: str = "cpu"
+    form: Literal["auto"] | Form = "auto"
+    zigzag: bool = False
+
+    @property
+    def arrange(self) -> Callable[[Array], Array] | None:
+        """What brings an array [B, T, ...] that is in the sequence's own order into the order in which it lies."""
+        return _arranged if self.zigzag else None
+
+
+def _arranged(x_BTX: Array) -> Array:
+    return sequence.to_zigzag(x_BTX, "batch", "length", *(None,) * (x_BTX.ndim - 2))
 
 
 REFERENCE = PathChoice()
@@ -56,7 +76,8 @@ def dot_product_attention(
 ) -> Heads:
     """softmax(q k^T / sqrt(H)) v under `mask`, softmax in fp32, result in q's dtype.
 
-    A query that the mask leaves nothing to attend to yields zeros.
+    A query that the mask leaves nothing to attend to yields zeros. Where the mesh in force splits the sequence, causal
+    masks and windows mean the sequence's own order, however it lies.
 
     Args:
         dropout_rate: of the attention probabilities; applied when `key` is given.
@@ -65,29 +86,78 @@ def dot_product_attention(
         ConfigError: the wanted path cannot serve; the message says why.
     """
     dropping = key is not None and dropout_rate > 0
-    path = choose_path(choice, q_BTNH.shape, k_BSNH.shape[1], q_BTNH.dtype, mask, dropping)
-    if path == "reference":
-        return reference_attention(q_BTNH, k_BSNH, v_BSNH, mask, dropout_rate, key)
-    return _KERNELS[path][1](q_BTNH, k_BSNH, v_BSNH, mask)
+    shards = sequence.split().shards if q_BTNH.shape[1] == k_BSNH.shape[1] else 1
+    settings = q_BTNH.shape, k_BSNH.shape[1], q_BTNH.dtype, mask, dropping
+    zigzag = choice.zigzag and shards > 1
+    if shards > 1 and choose_form(choice, *settings, shards) == "ring":
+        return ring.ring_attention(q_BTNH, k_BSNH, v_BSNH, mask, zigzag)
+    path = choose_path(choice, *settings, shards)
+    if path == "splash":
+        return splash.splash_attention(q_BTNH, k_BSNH, v_BSNH, mask, zigzag)
+    if path == "cudnn":
+        return cudnn.cudnn_attention(q_BTNH, k_BSNH, v_BSNH, mask)
+    if shards > 1:
+        k_BSNH, v_BSNH = (constrain(x, "batch", None, "act_heads", None) for x in (k_BSNH, v_BSNH))
+    order = sequence.zigzag_order(q_BTNH.shape[1], shards) if zigzag else None
+    return reference_attention(q_BTNH, k_BSNH, v_BSNH, mask, dropout_rate, key, order)
+
+
+def choose_form(
+    choice: PathChoice,
+    q_shape: tuple[int, ...],
+    kv_length: int,
+    dtype: jnp.dtype,
+    mask: AttentionMask,
+    dropping: bool,
+    shards: int,
+) -> Form:
+    """How a sequence in `shards` parts attends to itself; `auto` says once which it is and why.
+
+    Raises:
+        ConfigError: a ring is wanted and cannot serve.
+    """
+    found = ring.obstacles(q_shape, kv_length, mask, dropping)
+    if choice.wanted in _KERNELS:
+        found = [f"it is computed by XLA, and execution.compute.attention = '{choice.wanted}'", *found]
+    shape = f"{q_shape[1]} positions in {shards} shards, {q_shape[2]} heads of {q_shape[3]}"
+    if choice.form == "ring" and found:
+        raise ConfigError(
+            f"execution.compute.context_attention = 'ring' cannot serve {shape}: {'; '.join(found)}; "
+            "use auto or all_gather"
+        )
+    if choice.form != "auto":
+        return choice.form
+    path = choose_path(choice, q_shape, kv_length, dtype, mask, dropping, shards)
+    chosen = "all_gather" if found or path != "reference" else "ring"
+    why = f", as {path} computes it" if path != "reference" else f", as a ring cannot serve: {'; '.join(found)}"
+    _say_once(f"attention ({shape}): {chosen}" + (why if chosen == "all_gather" else ""))
+    return chosen
 
 
 def choose_path(
-    choice: PathChoice, q_shape: tuple[int, ...], kv_length: int, dtype: jnp.dtype, mask: AttentionMask, dropping: bool
+    choice: PathChoice,
+    q_shape: tuple[int, ...],
+    kv_length: int,
+    dtype: jnp.dtype,
+    mask: AttentionMask,
+    dropping: bool,
+    shards: int = 1,
 ) -> Path:
     """The path that serves these shapes; `auto` says once which it is and why.
 
     Args:
         q_shape: (B, T, N, H).
         dropping: attention probabilities are dropped.
+        shards: parts into which the mesh splits the queries; each sees all keys.
 
     Raises:
         ConfigError: the wanted path cannot serve.
     """
-    wanted, platform = choice
+    wanted, platform = choice.wanted, choice.platform
     path = PREFERRED.get(platform, "reference") if wanted == "auto" else wanted
     if path == "reference":
         return path
-    found = _KERNELS[path][0](q_shape, kv_length, dtype, mask, dropping)
+    found = _KERNELS[path](q_shape, kv_length, dtype, mask, dropping, shards)
     owner = next(name for name, preferred in PREFERRED.items() if preferred == path)
     if owner != platform:
         found = [f"it runs on {owner}, not on {platform}", *found]
@@ -113,8 +183,15 @@ def reference_attention(
     mask: AttentionMask,
     dropout_rate: float = 0.0,
     key: Array | None = None,
+    order: np.ndarray | None = None,
 ) -> Heads:
-    """`dot_product_attention` by XLA's own operations, which every other path is held against."""
+    """`dot_product_attention` by XLA's own operations, which every other path is held against.
+
+    Args:
+        order: int32 [T], which token lies at each place of a sequence that attends to itself; None: its own order.
+    """
+    if order is not None:
+        mask = mask.replace(q_positions_BT=order[None], kv_positions_BS=order[None])
     # [B, N] leading: both products are then plain batched matrix products, on every platform the fastest layout.
     q_BNTH, k_BNSH, v_BNSH = (x.swapaxes(1, 2) for x in (q_BTNH, k_BSNH, v_BSNH))
     scores_BNTS = jnp.einsum("BNTH,BNSH->BNTS", q_BNTH * q_BTNH.shape[-1] ** -0.5, k_BNSH)
@@ -125,7 +202,8 @@ def reference_attention(
     weights_BNTS = jax.nn.softmax(scores_BNTS, axis=-1)
     if mask.allowed_BNTS is not None:
         weights_BNTS = jnp.where(allowed, weights_BNTS, 0.0)
-    weights_BNTS = dropout(weights_BNTS.astype(q_BTNH.dtype), dropout_rate, key)
+    arrange = None if order is None else lambda keep_BNTS: keep_BNTS[:, :, order][..., order]
+    weights_BNTS = dropout(weights_BNTS.astype(q_BTNH.dtype), dropout_rate, key, arrange)
     return jnp.einsum("BNTS,BNSH->BNTH", weights_BNTS, v_BNSH).swapaxes(1, 2)
 
 

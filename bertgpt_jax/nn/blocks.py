@@ -70,6 +70,15 @@ class ComputeConfig(Config):
     attention: Literal["auto", "reference", "splash", "cudnn"] = Field(
         default="auto", description="auto: the platform's fastest path that can serve; another one must serve"
     )
+    context_attention: Literal["auto", "all_gather", "ring"] = Field(
+        default="auto",
+        description="where the mesh splits sequences: all devices gather a layer's keys and values, or these go round; "
+        "auto: gathered where a kernel computes attention, else the ring where it can serve",
+    )
+    zigzag: bool | None = Field(
+        default=None,
+        description="causal sequences that the mesh splits lie so that all devices have the same work; null: yes",
+    )
     remat: Literal["none", "gelu", "dots", "offload", "full"] = Field(
         default="none",
         description="what the backward pass recomputes: nothing, activation functions, all but matmul results, "
@@ -94,6 +103,10 @@ class ComputeConfig(Config):
         """cpu, gpu or tpu."""
         backend = self.platform or jax.default_backend()
         return "gpu" if backend in ("cuda", "rocm") else backend
+
+    def attention_choice(self) -> PathChoice:
+        """How attention is to be computed."""
+        return PathChoice(self.attention, self.compiled_for(), self.context_attention, bool(self.zigzag))
 
     def layers_per_body(self, num_layers: int) -> int:
         """Layers of one body of the loop over layers."""
@@ -179,7 +192,8 @@ class Block(nn.Module):
         feed_forward_norm = LayerNorm(c.hidden_size, c.norm_eps, name="feed_forward_norm")
 
         def residual(x: Hidden, y: Hidden) -> Hidden:
-            return constrain(x + dropout(y, c.hidden_dropout, dropout_key(self)), "batch", "length", "act_embed")
+            dropped = dropout(y, c.hidden_dropout, dropout_key(self), self.choice.arrange)
+            return constrain(x + dropped, "batch", "length", "act_embed")
 
         if c.norm_position == "pre":
             y_BTD, cache = attention(attention_norm(x_BTD), mask, cache, slot)
@@ -207,8 +221,7 @@ def layer_stack(config: BlockConfig, compute: ComputeConfig) -> nn.Module:
         unroll=unroll,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
-    choice = PathChoice(compute.attention, compute.compiled_for())
-    return scan(config, choice, recompute_activation=compute.remat == "gelu", prevent_cse=unroll > 1)
+    return scan(config, compute.attention_choice(), recompute_activation=compute.remat == "gelu", prevent_cse=unroll > 1)
 
 
 def remat_policy(name: str) -> Callable | None:

@@ -14,13 +14,14 @@ from bertgpt_jax.shapes import Heads
 
 
 def obstacles(
-    q_shape: tuple[int, ...], kv_length: int, dtype: jnp.dtype, mask: AttentionMask, dropping: bool
+    q_shape: tuple[int, ...], kv_length: int, dtype: jnp.dtype, mask: AttentionMask, dropping: bool, shards: int = 1
 ) -> list[str]:
     """Why the kernels cannot serve these shapes and this mask; empty if they can.
 
     Args:
         q_shape: (B, T, N, H).
         dropping: attention probabilities are dropped.
+        shards: parts into which the mesh splits the queries.
     """
     head_size = q_shape[3]
     found = []
@@ -32,6 +33,8 @@ def obstacles(
         found.append(f"head width {head_size} is no multiple of 8 up to 128")
     if q_shape[1] % 2 or kv_length % 2:
         found.append(f"lengths {q_shape[1]} and {kv_length} are not even")
+    if shards > 1:
+        found.append(f"the mesh splits the sequence into {shards}, and jax has no public way to tell cuDNN")
     if dropping:
         found.append("jax has no public dropout of attention probabilities there (set model.attention_dropout=0)")
     if mask.allowed_BNTS is not None or mask.prefix_B is not None:

@@ -134,11 +134,17 @@ class LayerNorm(nn.Module):
         return layer_norm(x, scale, bias, self.eps)
 
 
-def dropout(x: Array, rate: float, key: Array | None) -> Array:
-    """Zeroes each element with probability `rate` and scales the rest by 1/(1-rate); identity without a key."""
+def dropout(x: Array, rate: float, key: Array | None, arrange: Callable[[Array], Array] | None = None) -> Array:
+    """Zeroes each element with probability `rate` and scales the rest by 1/(1-rate); identity without a key.
+
+    Args:
+        arrange: what is kept, drawn as if x lay in its own order -> as x lies; the same elements are dropped on every
+            mesh.
+    """
     if key is None or rate == 0.0:
         return x
     keep = bernoulli(key, 1.0 - rate, x.shape)
+    keep = keep if arrange is None else arrange(keep)
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
 
 

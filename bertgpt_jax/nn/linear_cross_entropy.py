@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from bertgpt_jax.errors import ConfigError
+from bertgpt_jax.nn import sequence
 from bertgpt_jax.shapes import Array, Hidden
 
 
@@ -38,6 +39,7 @@ class _Settings(NamedTuple):
     label_smoothing: float
     rows: tuple[str, ...]
     vocab: tuple[str, ...]
+    length: tuple[str, ...]
 
 
 def linear_cross_entropy(
@@ -53,8 +55,9 @@ def linear_cross_entropy(
 ) -> HeadLoss:
     """sum of weights x cross_entropy(x table^T + bias, labels), T taken `chunk` positions at a time.
 
-    On a mesh, rows and vocabulary are split as the logical axes `batch` and `act_vocab` say: each device computes its
-    rows' logits for its part of the vocabulary, and the table's gradient is summed over rows once, at the end.
+    On a mesh, rows, positions and vocabulary are split as the logical axes `batch`, `length` and `act_vocab` say: each
+    device computes its positions' logits for its part of the vocabulary, and the table's gradient is summed over
+    positions once, at the end.
 
     Args:
         table_VD, bias_V: fp32 parameters; products are in x's dtype, log-sum-exp and sums in fp32.
@@ -64,7 +67,7 @@ def linear_cross_entropy(
         label_smoothing: share of the target spread evenly over the vocabulary (Szegedy et al. 2016, section 7).
 
     Raises:
-        ConfigError: `chunk` does not divide T.
+        ConfigError: `chunk` does not divide T, or the shards of the sequence do not divide `chunk`.
     """
     length = x_BTD.shape[1]
     if chunk < 1 or length % chunk:
@@ -73,7 +76,7 @@ def linear_cross_entropy(
     bias_V = jnp.zeros(table_VD.shape[0], table_VD.dtype) if bias_V is None else bias_V
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        settings = _Settings(chunk, z_loss, label_smoothing, (), ())
+        settings = _Settings(chunk, z_loss, label_smoothing, (), (), ())
         return HeadLoss(*_weighted_loss(settings, None, x_BTD, table_VD, bias_V, labels_BT, weights_BT))
     rows, vocab = nn.logical_to_mesh_axes(("batch", "act_vocab"))
     rows, vocab = (
@@ -83,7 +86,13 @@ def linear_cross_entropy(
     shards = math.prod(mesh.shape[axis] for axis in vocab)
     if table_VD.shape[0] % shards:
         raise ConfigError(f"a vocabulary of {table_VD.shape[0]} rows is not divisible by mesh {vocab} = {shards}")
-    settings = _Settings(chunk, z_loss, label_smoothing, rows, vocab)
+    lies = sequence.split()
+    if chunk % lies.shards:
+        raise ConfigError(
+            f"head chunk {chunk} is not divisible by mesh {lies.axes} = {lies.shards}, over which it spreads; "
+            f"use {-(-chunk // lies.shards) * lies.shards}"
+        )
+    settings = _Settings(chunk // lies.shards, z_loss, label_smoothing, rows, vocab, lies.axes)
     return HeadLoss(*_weighted_loss(settings, mesh, x_BTD, table_VD, bias_V, labels_BT, weights_BT))
 
 
@@ -111,7 +120,7 @@ def _run(settings: _Settings, mesh, want_gradients: bool, *operands):
     if mesh is None:
         return body(*operands)
     rows, vocab = settings.rows or None, settings.vocab or None
-    by_row, by_word = PartitionSpec(rows), PartitionSpec(vocab)
+    by_row, by_word = PartitionSpec(rows, settings.length or None), PartitionSpec(vocab)
     scalar = PartitionSpec()
     out = (scalar, scalar, by_row, by_word, by_word) if want_gradients else (scalar, scalar)
     inputs = (by_row, by_word, by_word, by_row, by_row)
@@ -119,7 +128,7 @@ def _run(settings: _Settings, mesh, want_gradients: bool, *operands):
 
 
 def _local(settings: _Settings, want_gradients: bool, x_BTD, table_VD, bias_V, labels_BT, weights_BT):
-    """What one device computes: its rows, its words, sums over the others where they are needed."""
+    """What one device computes: its positions, its words, sums over the others where they are needed."""
     dtype = x_BTD.dtype
     table, bias = table_VD.astype(dtype), bias_V.astype(dtype)
     first = _first_word(settings.vocab, table.shape[0])
@@ -158,7 +167,7 @@ def _local(settings: _Settings, want_gradients: bool, x_BTD, table_VD, bias_V, l
         zeros += (jnp.zeros(table.shape, jnp.float32), jnp.zeros(bias.shape, jnp.float32))
     chunks = [_split(array, settings.chunk) for array in (x_BTD, labels_BT, weights_BT)]
     sums, dx = jax.lax.scan(one, zeros, tuple(chunks))
-    sums = [_across(jax.lax.psum, value, settings.rows) for value in sums]
+    sums = [_across(jax.lax.psum, value, settings.rows + settings.length) for value in sums]
     if not want_gradients:
         return tuple(sums)
     loss, right, dtable, dbias = sums

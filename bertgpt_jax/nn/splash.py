@@ -6,13 +6,16 @@ fp32 and takes the static part of a mask (causal, window) apart from segment ids
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.sharding import NamedSharding, PartitionSpec
 
+from bertgpt_jax.nn import sequence
 from bertgpt_jax.nn.masks import AttentionMask
 from bertgpt_jax.shapes import Array, Heads
 
@@ -27,7 +30,7 @@ HEAD_SIZES = (64, 128, 256)
 
 
 def obstacles(
-    q_shape: tuple[int, ...], kv_length: int, dtype: jnp.dtype, mask: AttentionMask, dropping: bool
+    q_shape: tuple[int, ...], kv_length: int, dtype: jnp.dtype, mask: AttentionMask, dropping: bool, shards: int = 1
 ) -> list[str]:
     """Why the kernel cannot serve these shapes and this mask; empty if it can.
 
@@ -35,11 +38,14 @@ def obstacles(
         q_shape: (B, T, N, H).
         dtype: of queries, keys and values; fp32 and bf16 both serve.
         dropping: attention probabilities are dropped.
+        shards: parts into which the mesh splits the queries.
     """
     _, length, _, head_size = q_shape
     found = []
     if length % LANES or kv_length % LANES:
         found.append(f"lengths {length} and {kv_length} are not multiples of {LANES}")
+    elif length % (LANES * shards):
+        found.append(f"length {length} in {shards} shards is not a multiple of {LANES * shards}")
     if head_size not in HEAD_SIZES:
         found.append(f"head width {head_size} is none of {HEAD_SIZES}")
     if dropping:
@@ -54,54 +60,90 @@ def obstacles(
 
 
 def splash_attention(
-    q_BTNH: Heads, k_BSNH: Heads, v_BSNH: Heads, mask: AttentionMask, interpret: bool = False
+    q_BTNH: Heads,
+    k_BSNH: Heads,
+    v_BSNH: Heads,
+    mask: AttentionMask,
+    zigzag: bool = False,
+    interpret: bool = False,
 ) -> Heads:
     """softmax(q k^T / sqrt(H)) v under `mask`, result in q's dtype; call it where `obstacles` finds none.
 
     Runs on each device's rows and heads alone (`jax.shard_map` over the mesh in force, split as the logical axes of
-    activations say); the sequence is whole on every device.
+    activations say). Where the mesh splits the sequence, a device gathers all keys and values for its queries, and
+    skips the blocks that are masked for them.
 
     Args:
+        zigzag: a sequence that the mesh splits lies in zigzag order (`nn.sequence`).
         interpret: emulates the kernel on any platform, slowly.
     """
-    kernel = partial(_local_attention, causal=mask.causal, window=mask.window, interpret=interpret)
-    segments = [mask.q_segments_BT, mask.kv_segments_BS]
+    segments = (mask.q_segments_BT, mask.kv_segments_BS)
     if segments[0] is None:  # the kernel is mapped over rows, so every row brings its own
         segments = None
+    (_, length, heads, _), lies = q_BTNH.shape, sequence.split()
+    make, shape = partial(_kernel, mask, interpret=interpret), (heads, length, k_BSNH.shape[1])
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return kernel(q_BTNH, k_BSNH, v_BSNH, segments)
-    heads = nn.logical_to_mesh_axes(("batch", None, "act_heads", None))
-    rows = nn.logical_to_mesh_axes(("batch", None))
+        return _local_attention(sequence.WHOLE, False, make(shape), q_BTNH, k_BSNH, v_BSNH, segments)
+    spec = nn.logical_to_mesh_axes(("batch", "length", "act_heads", None))
+    by_head = NamedSharding(mesh, PartitionSpec(spec[2], spec[1]))
+    local_heads, local_length = by_head.shard_shape((heads, length))
+    if mask.causal or mask.window is not None:
+        kernel = make(shape, head_shards=heads // local_heads, shards=lies.shards, zigzag=zigzag)
+    else:  # the same on every device (jax fails to divide the description of a mask that leaves nothing out)
+        kernel = make((local_heads, local_length, shape[2]))
+        by_head = NamedSharding(mesh, PartitionSpec(None, None))
     mapped = jax.shard_map(
-        kernel, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False
+        partial(_local_attention, lies, zigzag),
+        in_specs=(kernel.manual_sharding_spec(by_head), spec, spec, spec, PartitionSpec(*spec[:2])),
+        out_specs=spec,
+        check_vma=False,
     )  # the kernel's outputs carry no record of which mesh axes they vary over
-    return mapped(q_BTNH, k_BSNH, v_BSNH, segments)
+    return mapped(kernel, q_BTNH, k_BSNH, v_BSNH, segments)
+
+
+def _kernel(
+    mask: AttentionMask,
+    shape: tuple[int, int, int],
+    head_shards: int = 1,
+    shards: int = 1,
+    zigzag: bool = False,
+    interpret: bool = False,
+) -> Callable:
+    """The kernel for `shape` (N, T, S) of the whole attention, of which a device computes its heads and queries."""
+    heads, lengths = shape[0], shape[1:]
+    if mask.window is not None:
+        static = splash.LocalMask(lengths, (mask.window - 1, 0 if mask.causal else mask.window - 1), 0)
+    else:
+        static = splash.CausalMask(lengths) if mask.causal else splash.FullMask(lengths)
+    if zigzag:
+        static.q_sequence = sequence.zigzag_order(lengths[0], shards)
+    return splash.make_splash_mha(
+        splash.MultiHeadMask([static] * heads),
+        block_sizes=_blocks(lengths[0] // shards, lengths[1]),
+        head_shards=head_shards,
+        q_seq_shards=shards,
+        interpret=interpret,
+    )
 
 
 def _local_attention(
+    lies: sequence.Split,
+    zigzag: bool,
+    kernel: Callable,
     q_BTNH: Heads,
     k_BSNH: Heads,
     v_BSNH: Heads,
-    segments: list[Array] | None,
-    causal: bool,
-    window: int | None,
-    interpret: bool,
+    segments: tuple[Array, Array] | None,
 ) -> Heads:
-    _, length, heads, head_size = q_BTNH.shape
-    shape = (length, k_BSNH.shape[1])
-    if window is not None:
-        static = splash.LocalMask(shape, (window - 1, 0 if causal else window - 1), 0)
-    else:
-        static = splash.CausalMask(shape) if causal else splash.FullMask(shape)
-    kernel = splash.make_splash_mha_single_device(
-        splash.MultiHeadMask([static] * heads), block_sizes=_blocks(*shape), interpret=interpret
-    )
-    q_BNTH, k_BNSH, v_BNSH = (x.swapaxes(1, 2) for x in (q_BTNH * head_size**-0.5, k_BSNH, v_BSNH))
+    """One device's queries with all keys."""
+    q_BNTH = (q_BTNH * q_BTNH.shape[-1] ** -0.5).swapaxes(1, 2)
+    k_BNSH, v_BNSH = (sequence.gathered(x, lies, zigzag).swapaxes(1, 2) for x in (k_BSNH, v_BSNH))
     if segments is None:
         out_BNTH = jax.vmap(kernel)(q_BNTH, k_BNSH, v_BNSH)
     else:
-        ids = splash.SegmentIds(*(s.astype(jnp.int32) for s in segments))
+        q_segments, kv_segments = (s.astype(jnp.int32) for s in segments)
+        ids = splash.SegmentIds(q_segments, sequence.gathered(kv_segments, lies, zigzag))
         out_BNTH = jax.vmap(kernel)(q_BNTH, k_BNSH, v_BNSH, ids)
     return out_BNTH.astype(q_BTNH.dtype).swapaxes(1, 2)
 

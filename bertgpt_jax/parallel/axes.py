@@ -6,6 +6,7 @@ LOGICAL_AXES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     # activations
     ("batch", ("data", "fsdp")),
     ("length", "context"),
+    ("predictions", "context"),  # masked positions, gathered from all over the row
     ("act_embed", None),  # batch already uses fsdp, and an array may use a mesh axis once
     ("act_heads", "tensor"),
     ("act_mlp", "tensor"),

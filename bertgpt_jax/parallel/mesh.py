@@ -45,7 +45,7 @@ class MeshConfig(Config):
                 f"mesh {self.describe()} does not multiply to {devices} devices; "
                 f"(data, fsdp, tensor) may be one of {_factorizations(devices)}"
             )
-        for axis, why in (("pipe", "pipeline stages"), ("context", "sequence shards")):
+        for axis, why in (("pipe", "pipeline stages"),):
             if sizes[axis] != 1:
                 raise ConfigError(f"mesh.{axis} = {sizes[axis]}: {why} are not available yet; set mesh.{axis}=1")
         return sizes

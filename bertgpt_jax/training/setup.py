@@ -20,7 +20,7 @@ from bertgpt_jax.corpus.mixture import CorpusMixture
 from bertgpt_jax.corpus.view import Corpus
 from bertgpt_jax.models import make_model
 from bertgpt_jax.nn.blocks import ComputeConfig
-from bertgpt_jax.parallel import sharding
+from bertgpt_jax.parallel import context, sharding
 from bertgpt_jax.shapes import PyTree
 from bertgpt_jax.training.data import make_held_out, make_train
 from bertgpt_jax.training.run_config import RunConfig, StageConfig, stage_steps
@@ -74,8 +74,11 @@ class Program:
     def abstract_batch(self, stage: StageConfig) -> PyTree:
         """Shapes, dtypes and shardings of a stage's batches."""
         batch = self.config.objective.abstract_batch(stage.batch_size, stage.sequence_length)
-        lies = sharding.batch_sharding(self.mesh)
-        return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies) for name, x in batch.items()}
+
+        def lies(shape: tuple[int, ...]) -> NamedSharding:
+            return sharding.array_sharding(self.mesh, shape, stage.sequence_length)
+
+        return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies(x.shape)) for name, x in batch.items()}
 
 
 def make_datasets(
@@ -125,6 +128,16 @@ def shape_config(program: Program, stage: StageConfig, segment: Segment) -> Stag
     return build(StageConfig, stage.model_dump(mode="json") | shape | {"batch_ramp": (), "length_ramp": ()}, "ramp")
 
 
+def compute_on(config: RunConfig, mesh: Mesh) -> ComputeConfig:
+    """How the model is computed on a mesh, which may be of devices that are not here (ahead-of-time compilation)."""
+    compute = config.execution.compute
+    settings = {
+        "platform": compute.platform or sharding.platform(mesh),
+        "zigzag": context.in_zigzag(compute.zigzag, config.objective.kind == "causal_lm", mesh),
+    }
+    return build(ComputeConfig, compute.model_dump() | settings, "compute")
+
+
 def make_program(config: RunConfig, mesh: Mesh) -> Program:
     """The model of a config (vocabulary known) laid out on a mesh; allocates nothing.
 
@@ -132,9 +145,11 @@ def make_program(config: RunConfig, mesh: Mesh) -> Program:
         ConfigError: a parameter dimension or a batch that the mesh does not divide.
     """
     check_batches(config, mesh)
-    compute = config.execution.compute
-    if compute.platform is None:  # the mesh may be of devices that are not here (ahead-of-time compilation)
-        compute = build(ComputeConfig, compute.model_dump() | {"platform": sharding.platform(mesh)}, "compute")
+    compute = compute_on(config, mesh)
+    for stage in config.stages:
+        for segment in stage.ramp().segments:
+            name = f"stages.{stage.name}: sequence_length"
+            context.check_length(segment.sequence_length, compute.zigzag, mesh, name)
     model = make_model(config.model, compute)
     first = config.stages[0]
     rows = config.objective.abstract_batch(1, first.sequence_length)
@@ -176,7 +191,7 @@ def lower_train_step(program: Program, stage: StageConfig) -> Any:
         seed=program.config.seed,
     )
     replicated = NamedSharding(program.mesh, PartitionSpec())
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(lies, replicated))
+    jitted = jax.jit(_arranging(step, program), donate_argnums=0, out_shardings=(lies, replicated))
     with sharding.mesh_context(program.mesh):
         return jitted.lower(state, program.abstract_batch(stage))
 
@@ -186,8 +201,17 @@ def lower_eval_step(program: Program, stage: StageConfig) -> Any:
     step = partial(eval_step, model=program.model, objective=program.config.objective)
     replicated = NamedSharding(program.mesh, PartitionSpec())
     with sharding.mesh_context(program.mesh):
-        jitted = jax.jit(step, out_shardings=replicated)
+        jitted = jax.jit(_arranging(step, program), out_shardings=replicated)
         return jitted.lower(program.abstract_state["params"], program.abstract_batch(stage))
+
+
+def _arranging(step: Callable, program: Program) -> Callable:
+    """`step`, sequences of its batches first brought into the order in which the model expects them on its mesh."""
+
+    def arranged_step(tree: PyTree, batch: PyTree) -> Any:
+        return step(tree, context.arranged(batch, program.model.compute.zigzag))
+
+    return arranged_step
 
 
 def enter_stage(program: Program, stage: StageConfig, state: PyTree) -> PyTree:

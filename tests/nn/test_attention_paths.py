@@ -11,7 +11,7 @@ import pytest
 
 from bertgpt_jax.errors import ConfigError
 from bertgpt_jax.nn import attention
-from bertgpt_jax.nn.attention import PathChoice, choose_path, dot_product_attention
+from bertgpt_jax.nn.attention import PathChoice, choose_form, choose_path, dot_product_attention
 from bertgpt_jax.nn.masks import AttentionMask, causal_mask, segment_mask
 
 SHAPE = (2, 128, 4, 64)
@@ -65,6 +65,32 @@ def test_a_wanted_path_that_cannot_serve(wanted: str, platform: str, words: list
     with pytest.raises(ConfigError) as caught:
         choose(wanted, platform, segment_mask(SEGMENTS), dropping=True)
     assert all(word in str(caught.value) for word in (f"'{wanted}' cannot serve 128 x 128", *words))
+
+
+@pytest.mark.parametrize(
+    ("platform", "mask", "dropping", "form"),
+    [
+        ("cpu", causal_mask(), False, "ring"),
+        ("cpu", segment_mask(SEGMENTS, packed=False), False, "ring"),
+        ("cpu", causal_mask(), True, "all_gather"),
+        ("cpu", AttentionMask(prefix_B=jnp.ones(2, jnp.int32), causal=True), False, "all_gather"),
+        ("gpu", causal_mask(), False, "ring"),
+        ("tpu", causal_mask(SEGMENTS), False, "all_gather"),
+        ("tpu", causal_mask(), True, "all_gather"),
+    ],
+)
+def test_form_over_a_split_sequence(platform: str, mask: AttentionMask, dropping: bool, form: str) -> None:
+    settings = (2, 512, 4, 64), 512, jnp.dtype("bfloat16"), mask, dropping, 2
+    assert choose_form(PathChoice("auto", platform), *settings) == form
+    assert choose_form(PathChoice("auto", platform, "all_gather"), *settings) == "all_gather"
+
+
+@pytest.mark.parametrize("wanted", ["splash", "cudnn"])
+def test_a_ring_and_a_kernel_exclude_each_other(wanted: str) -> None:
+    with pytest.raises(ConfigError, match=rf"'ring' cannot serve .*attention = '{wanted}'.*; use auto or all_gather"):
+        choose_form(
+            PathChoice(wanted, "tpu", "ring"), (2, 512, 4, 64), 512, jnp.dtype("bfloat16"), causal_mask(), False, 2
+        )
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ class MachineBusy(UserError):
 
 
 class PeerError(UserError):
-    """Another process of the run died, hung or disagrees about the run (76, EX_PROTOCOL)."""
+    """Another process of the run died, hung or did not come (76, EX_PROTOCOL)."""
 
     exit_code = 76
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,7 +58,8 @@ def _train(args: argparse.Namespace) -> int:
     if args.print_config:
         print(to_json(config), end="")
         return 0
-    if not from_environment(config.execution.distributed).is_set:  # else no device may be touched before they meet
+    several = from_environment(config.execution.distributed).is_set  # then no device may be touched before they meet
+    if not several:
         check_platform(args.platform)
     if args.dry_run:
         from bertgpt_jax.training.dry_run import describe
@@ -73,7 +75,8 @@ def _train(args: argparse.Namespace) -> int:
         from bertgpt_jax.transfer.initial import resolve
 
         config, initial = resolve(config, workdir)
-    train(config, workdir, allowed, from_step=args.from_step, debug=args.debug, initial=initial)
+    check = partial(check_platform, args.platform) if several else None
+    train(config, workdir, allowed, from_step=args.from_step, debug=args.debug, initial=initial, check_devices=check)
     _afterwards(config, workdir, initial)
     return 0
 

@@ -37,6 +37,7 @@ class Loop:
         program, stages: what to train.
         steps: for each stage its compiled (train steps by segment of its ramp, evaluation step).
         meta: what every checkpoint carries besides step, stage and metrics.
+        moved: told of every step, batch of an evaluation and save (`watch.Watch.moved`).
         owed: metrics of the restored step, where the run was stopped before its evaluation could be logged with them.
     """
 
@@ -51,11 +52,13 @@ class Loop:
         writer: MetricWriter,
         guard: PreemptionGuard,
         meta: dict[str, Any],
+        moved: Callable[[int, str], None],
         owed: dict[str, float] | None = None,
     ):
         self.program, self.stages, self.compiled = program, stages, steps
         self.state, self.step, self.stopped = state, step, False
         self._checkpoints, self._writer, self._guard, self._meta = checkpoints, writer, guard, meta
+        self._moved = moved
         self._execution = program.config.execution
         self._pending: dict[str, Any] | None = owed  # metrics of the step that brought us to `self.step`
         self._evaluation: dict[str, float] = {}
@@ -74,6 +77,7 @@ class Loop:
             self.state = enter_stage(self.program, stage.config, self.state)
         batches = self._batches(stage)
         begin = self.step if self._pending is None else self.step - 1
+        self._moved(self.step, "training")
         while True:
             fresh = self.step > begin  # what a restored or just entered step did before is not repeated
             # ------------------------------------------------ stop?
@@ -103,6 +107,7 @@ class Loop:
             if before is not None and self.step % self._execution.log_every == 0:
                 self._log(stage, before)
             self.step += 1
+            self._moved(self.step, "training")
             self._writer.tick(self.step)
             self._clock.tokens += segment.batch_size * segment.sequence_length
 
@@ -175,12 +180,14 @@ class Loop:
 
     def _stop_asked(self) -> bool:
         """Whether to break off an evaluation; with several processes only between steps, where all agree."""
+        self._moved(self.step, "evaluating")
         return jax.process_count() == 1 and self._guard.should_stop(self.step)
 
     def _save(self, stage: Stage, owed: dict[str, float] | None = None) -> None:
         if self._pending is not None and self.step % self._execution.log_every == 0:
             pending, self._pending = self._pending, None
             self._log(stage, pending)
+        self._moved(self.step, "saving")
         with self._clock.paused():
             self._writer.join()
             evaluated = owed is None and self._due(self._execution.eval_every, stage)

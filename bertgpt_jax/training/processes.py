@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
 from bertgpt_jax import errors
+from bertgpt_jax.parallel import distributed
 
 MEETING_SECONDS = 24 * 3600
 """How long the processes wait for each other to prepare a corpus or compile."""
@@ -61,6 +62,29 @@ def on_primary(function: Callable[..., Any], *args: Any) -> Any:
         name, message = outcome["error"]
         raise getattr(errors, name, errors.PeerError)(message)
     return outcome["result"]
+
+
+def everywhere(function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)` in every process; where it fails in one, all end, and with the same exit code.
+
+    Raises:
+        UserError: this process's own, or that of the first process that failed, named.
+    """
+    if jax.process_count() == 1:
+        return function(*args)
+    result, failure, said = None, None, []
+    try:
+        result = function(*args)
+    except Exception as error:  # the others must not wait for a process that is leaving
+        failure, said = error, [type(error).__name__, str(error)]
+    meet("everywhere")
+    everyone = distributed.gathered(said)
+    if failure is not None:
+        raise failure
+    for process, what in enumerate(everyone):
+        if what:
+            raise getattr(errors, what[0], errors.PeerError)(f"process {process}: {what[1]}")
+    return result
 
 
 def all_agree(flag: bool) -> bool:

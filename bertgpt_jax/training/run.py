@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
 from etils import epath
 
-import bertgpt_jax
 from bertgpt_jax.corpus.mixture import CorpusMixture
 from bertgpt_jax.corpus.reader import CorpusReader
 from bertgpt_jax.errors import Diverged, Preempted, UserError
@@ -20,12 +20,14 @@ from bertgpt_jax.shapes import PyTree
 from bertgpt_jax.training import exports, processes, resume, setup, status, storage
 from bertgpt_jax.training.checkpoint import Checkpoints, read_meta
 from bertgpt_jax.training.data import check_enough
+from bertgpt_jax.training.facts import shared_facts
 from bertgpt_jax.training.fingerprint import state_fingerprint
 from bertgpt_jax.training.guards import PreemptionGuard
 from bertgpt_jax.training.loop import Loop
 from bertgpt_jax.training.metrics import MetricWriter, duration
 from bertgpt_jax.training.rows import read_rows
 from bertgpt_jax.training.run_config import RunConfig, StageConfig, with_steps, with_vocabulary
+from bertgpt_jax.training.watch import Watch
 from bertgpt_jax.training.workdir import cache_root, open_run_corpus, use_compilation_cache, write_description
 
 
@@ -61,6 +63,7 @@ def train(
     from_step: int | None = None,
     debug: bool = False,
     initial: InitialParameters | None = None,
+    check_devices: Callable[[], object] | None = None,
 ) -> Finish:
     """Trains `config` in a workdir, from its newest valid checkpoint if there is one.
 
@@ -69,6 +72,7 @@ def train(
         from_step: go on from this checkpoint instead; newer ones are set aside.
         debug: check the token ids of every batch.
         initial: parameters to begin from where the workdir has no checkpoint; None: drawn.
+        check_devices: raises a user error where jax runs on other devices than were meant; called as soon as it may.
 
     Raises:
         ConfigError: before anything is written, for whatever can be known then.
@@ -76,8 +80,10 @@ def train(
         Diverged: too many updates in a row were not finite.
     """
     begun = time.perf_counter()
-    distributed.initialize(distributed.from_environment(config.execution.distributed))
-    distributed.agree(_shared_facts(config) | {"workdir": workdir_text})
+    call = {"workdir": workdir_text, "from_step": from_step, "allow_change": list(allow_change)}
+    distributed.initialize(distributed.from_environment(config.execution.distributed), shared_facts(config, call))
+    if check_devices is not None:
+        _check_here(check_devices)
     workdir = storage.workdir_path(workdir_text)
     mesh = make_mesh(config.execution.mesh)
     setup.check_batches(config, mesh)
@@ -109,11 +115,14 @@ def train(
         return session.run(begun)
 
 
-def _shared_facts(config: RunConfig) -> dict[str, Any]:
-    """What every process must bring alike: all settings but where the text lies and who is who."""
-    settings = config.model_dump(mode="json", exclude={"corpus": True, "execution": {"distributed"}})
-    corpus = resume.identity(config.corpus)
-    return settings | {"corpus": corpus, "bertgpt_jax": bertgpt_jax.__version__, "jax": jax.__version__}
+def _check_here(check: Callable[[], object]) -> None:
+    """Calls `check`; where it fails, this process leaves alone: the others cannot be told without devices."""
+    try:
+        check()
+    except UserError as error:
+        if jax.distributed.is_initialized():
+            distributed.leave_alone(error.exit_code, 0.0)
+        raise
 
 
 class _Session:
@@ -157,18 +166,19 @@ class _Session:
         reason: status.Reason = "failed"
         failure: Exception | None = None
         try:
-            self._status(step, "running", writer, None)
-            if step >= self.stages[-1].stop and not owed:
-                self.say(f"nothing to do: '{self.workdir}' is at step {step:,} of {self.stages[-1].stop:,}")
-                reason = "finished"
-                return Finish(step, writer.last, self.checkpoints.latest())
-            compiled = self._compile(step - bool(owed))
-            loop = Loop(
-                self.program, self.stages, compiled, state, step, self.checkpoints, writer, self.guard,
-                self._meta(), owed,
-            )  # fmt: skip
-            loop.run()
-            reason = (self.guard.reason or "preempted") if loop.stopped else "finished"
+            with self._watch(step, writer) as watch:
+                if step >= self.stages[-1].stop and not owed:
+                    self.say(f"nothing to do: '{self.workdir}' is at step {step:,} of {self.stages[-1].stop:,}")
+                    reason = "finished"
+                    return Finish(step, writer.last, self.checkpoints.latest())
+                watch.doing("compiling")
+                compiled = self._compile(step - bool(owed))
+                loop = Loop(
+                    self.program, self.stages, compiled, state, step, self.checkpoints, writer, self.guard,
+                    self._meta(), watch.moved, owed,
+                )  # fmt: skip
+                loop.run()
+                reason = (self.guard.reason or "preempted") if loop.stopped else "finished"
         except Exception as error:
             failure = distributed.as_peer_error(error)
             reason = "diverged" if isinstance(failure, Diverged) else "failed"
@@ -281,8 +291,24 @@ class _Session:
 
     # ---------------------------------------------------------------- end
 
+    def _watch(self, step: int, writer: MetricWriter) -> Watch:
+        """Refreshes the status while the run goes on, and ends it where it hangs."""
+
+        def report(progress: dict[str, Any], message: str) -> None:
+            self._status(watch.step, "stalled" if message else "running", writer, None, message, progress)
+
+        minutes = self.program.config.execution.stall_minutes
+        watch = Watch(self.workdir, step, self.stages[-1].stop, minutes, report)
+        return watch
+
     def _status(
-        self, step: int, reason: status.Reason, writer: MetricWriter, state: PyTree | None, message: str = ""
+        self,
+        step: int,
+        reason: status.Reason,
+        writer: MetricWriter,
+        state: PyTree | None,
+        message: str = "",
+        progress: dict[str, Any] | None = None,
     ) -> None:
         status.write_status(
             self.workdir,
@@ -291,8 +317,9 @@ class _Session:
             latest=self.checkpoints.latest(),
             best=self.checkpoints.best(),
             state_fingerprint=None if state is None else state_fingerprint(state),
-            metrics=writer.last,
+            metrics=dict(writer.last),
             message=message,
+            progress=progress,
         )
 
     def _end(

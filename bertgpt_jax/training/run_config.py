@@ -133,6 +133,9 @@ class ExecutionConfig(Config):
     max_skipped: int = Field(
         default=5, ge=1, description="updates in a row that may be non-finite before the run stops"
     )
+    stall_minutes: float | None = Field(
+        default=30, gt=0, description="without a step, save or batch of evaluation, until a hanging run ends (exit 76)"
+    )
     data_threads: int = Field(default=2, ge=0)
     prefetch: int = Field(default=4, ge=1, description="batches built ahead")
     wandb_project: str | None = Field(default=None, min_length=1, description="also log there (extra `wandb`)")

@@ -8,6 +8,7 @@ import secrets
 import socket
 import threading
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -17,7 +18,7 @@ from etils import epath
 from bertgpt_jax.errors import ConfigError, StorageError
 from bertgpt_jax.training import processes, storage
 
-Reason = Literal["running", "finished", "preempted", "interrupted", "diverged", "failed"]
+Reason = Literal["running", "finished", "preempted", "interrupted", "diverged", "failed", "stalled"]
 
 BEAT_SECONDS = 60.0
 """How often a lock is renewed."""
@@ -39,6 +40,7 @@ def write_status(
     state_fingerprint: str | None = None,
     metrics: dict[str, Any] | None = None,
     message: str = "",
+    progress: dict[str, Any] | None = None,
 ) -> None:
     """Writes `STATUS.json`, from the first process.
 
@@ -51,6 +53,7 @@ def write_status(
         state_fingerprint: of the state at `step` (`fingerprint.state_fingerprint`).
         metrics: last value of each.
         message: one line for people (why it failed).
+        progress: of a run that goes on (`watch.Watch.progress`).
 
     Raises:
         StorageError: if it cannot be written.
@@ -69,7 +72,7 @@ def write_status(
         "message": message,
         "time": _now(),
     }
-    storage.write_json(workdir / "STATUS.json", status)
+    storage.write_json(workdir / "STATUS.json", status | ({"progress": progress} if progress else {}))
 
 
 def read_status(workdir: epath.Path) -> dict[str, Any] | None:
@@ -122,7 +125,8 @@ class RunLock:
 def acquire(workdir: epath.Path) -> RunLock:
     """Takes the workdir for this run; with several processes, all of them call this and the first holds the lock.
 
-    A lock whose process is dead (same host) or that was not renewed for 10 minutes (another host) is taken over.
+    A lock whose process is dead (same host) or that was not renewed for 10 minutes (another host) is taken over; so is
+    one of the same job (`job_name`): its supervisor has started it again, perhaps elsewhere.
 
     Raises:
         ConfigError: another run holds it: its host, process id and start.
@@ -138,9 +142,12 @@ def _or_none(entry: dict[str, Any]) -> dict[str, Any] | None:
 def _acquire(workdir: epath.Path) -> dict[str, Any]:
     path = workdir / "run.lock"
     holder = storage.read_json(path)
-    if isinstance(holder, dict) and _is_alive(holder):
+    job = job_name()
+    restarted = isinstance(holder, dict) and job is not None and holder.get("job") == job
+    if isinstance(holder, dict) and not restarted and _is_alive(holder):
         raise _locked(workdir, holder)
     entry = {
+        "job": job,
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "process_start": _process_start(os.getpid()),
@@ -155,6 +162,17 @@ def _acquire(workdir: epath.Path) -> dict[str, Any]:
     if _token(now) != entry["token"]:
         raise _locked(workdir, now if isinstance(now, dict) else {})
     return entry
+
+
+def job_name(environ: Mapping[str, str] = os.environ) -> str | None:
+    """What a supervisor calls the job, the same each time it starts it again; None if there is none that says so.
+
+    BERTGPT_JOB, else the number of a SLURM job (requeued under the same) or the id of a SkyPilot managed job.
+    """
+    for name in ("BERTGPT_JOB", "SKYPILOT_TASK_ID", "SLURM_JOB_ID"):
+        if environ.get(name):
+            return f"{name}={environ[name]}"
+    return None
 
 
 def _token(entry: Any) -> Any:

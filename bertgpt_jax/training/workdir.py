@@ -16,6 +16,7 @@ import bertgpt_jax
 from bertgpt_jax.config import to_json
 from bertgpt_jax.corpus.mixture import CorpusMixture, open_any
 from bertgpt_jax.corpus.reader import CorpusReader
+from bertgpt_jax.parallel import distributed
 from bertgpt_jax.training import processes, resume, storage
 from bertgpt_jax.training.run_config import RunConfig
 
@@ -28,11 +29,17 @@ def cache_root(workdir: epath.Path) -> Path:
 
 
 def open_run_corpus(config: RunConfig, workdir: epath.Path) -> CorpusReader | CorpusMixture:
-    """The run's tokenised corpora, prepared by the first process where they are not there yet."""
+    """The run's tokenised corpora, prepared by the first process where they are not there yet.
+
+    Raises:
+        ConfigError: processes that opened different ones, naming one that differs.
+    """
     root = cache_root(workdir)
     if jax.process_count() > 1:
         processes.on_primary(lambda: open_any(config.corpus, root).fingerprint)
-    return open_any(config.corpus, root)
+    corpus = processes.everywhere(open_any, config.corpus, root)
+    distributed.agree({"tokenizer": corpus.tokenizer.sha256, "corpus": corpus.fingerprint})
+    return corpus
 
 
 def use_compilation_cache(config: RunConfig, workdir: epath.Path) -> None:

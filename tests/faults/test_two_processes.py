@@ -47,7 +47,7 @@ def test_they_disagree(change: str, disturbed: Run) -> None:
     ends = disturbed.pair({}, second=(change,))
     key, value = change.split("=")
     key = key.replace("stages.short", "stages.0")
-    assert [end.code for end in ends] == [76, 76], ends
+    assert [end.code for end in ends] == [78, 78], ends
     for end in ends:
         assert f"process 1 has {key} = {value}" in end.err and "Traceback" not in end.err, end
     assert max(end.seconds for end in ends) < 60, "nothing was compiled"

@@ -13,9 +13,10 @@ from pydantic import Field
 
 from bertgpt_jax.config import ADDED
 from bertgpt_jax.models.flops import stack_flops
-from bertgpt_jax.nn.blocks import BlockConfig, ComputeConfig, layer_stack
+from bertgpt_jax.nn.blocks import BlockConfig, ComputeConfig, apply_layers, layer_stack
 from bertgpt_jax.nn.layers import Einsum, Embedding, LayerNorm, activation, constrain, dropout, dropout_key
 from bertgpt_jax.nn.masks import AttentionMask
+from bertgpt_jax.nn.pipeline import Pipeline
 from bertgpt_jax.shapes import Array, Hidden, Params, Tokens
 
 
@@ -76,10 +77,12 @@ class Bert(nn.Module):
     Attributes:
         config: sizes, with `vocab_size` resolved.
         compute: dtype, attention path, recomputation.
+        pipeline: the stages that the layers are spread over; None: all layers in one place.
     """
 
     config: BertConfig
     compute: ComputeConfig
+    pipeline: Pipeline | None = None
 
     def setup(self) -> None:
         c = self.config
@@ -110,23 +113,25 @@ class Bert(nn.Module):
             types_BT = jnp.zeros_like(tokens_BT) if types_BT is None else types_BT
             x_BTD = x_BTD + self.type_embedding(types_BT, dtype)
         x_BTD = dropout(self.embedding_norm(x_BTD), c.hidden_dropout, dropout_key(self))
-        return constrain(x_BTD, "batch", "length", "act_embed")
+        return constrain(x_BTD, "rows", "length", "act_embed")
 
     def encode(self, tokens_BT: Tokens, positions_BT: Tokens, types_BT: Tokens | None, mask: AttentionMask) -> Hidden:
         """Final hidden states in the compute dtype."""
-        return self.layers(self.embed(tokens_BT, positions_BT, types_BT), mask)[0]
+        x_BTD = self.embed(tokens_BT, positions_BT, types_BT)
+        return apply_layers(self.layers, self.config, self.compute, self.pipeline, x_BTD, mask)
 
     def masked_hidden(self, x_BTD: Hidden, mask_positions_BP: Array) -> Array:
         """What the vocabulary head reads [B, P, D], of the given positions only: its cost is per prediction."""
         x_BPD = jnp.take_along_axis(x_BTD, mask_positions_BP[..., None], axis=1)
-        x_BPD = activation(self.config.activation)(self.masked_transform(constrain(x_BPD, "batch", "predictions", "act_embed")))
+        x_BPD = constrain(x_BPD, "rows", "predictions", "act_embed")
+        x_BPD = activation(self.config.activation)(self.masked_transform(x_BPD))
         return self.masked_norm(x_BPD)
 
     def logits(self, x_BPD: Array) -> Array:
         """Vocabulary logits [B, P, V] of what `masked_hidden` gives."""
         output = self.token_embedding if self.config.tied_head else self.masked_output
         logits_BPV = output.attend(x_BPD) + self.masked_bias.astype(x_BPD.dtype)
-        return constrain(logits_BPV, "batch", "predictions", "act_vocab")
+        return constrain(logits_BPV, "rows", "predictions", "act_vocab")
 
     def masked_logits(self, x_BTD: Hidden, mask_positions_BP: Array) -> Array:
         """Vocabulary logits [B, P, V] of final hidden states at the given positions."""
@@ -145,7 +150,7 @@ class Bert(nn.Module):
         if cls_positions_BK is None:
             return self.next_sentence(jnp.tanh(self.pooler(x_BTD[:, 0])))
         x_BKD = jnp.take_along_axis(x_BTD, cls_positions_BK[..., None], axis=1)
-        pairs = constrain(x_BKD, "batch", None, "act_embed").reshape(-1, x_BTD.shape[-1])
+        pairs = constrain(x_BKD, "rows", None, "act_embed").reshape(-1, x_BTD.shape[-1])
         return self.next_sentence(jnp.tanh(self.pooler(pairs))).reshape(*cls_positions_BK.shape, 2)
 
     def __call__(

@@ -13,9 +13,10 @@ from pydantic import Field
 
 from bertgpt_jax.config import ADDED
 from bertgpt_jax.models.flops import stack_flops
-from bertgpt_jax.nn.blocks import BlockConfig, ComputeConfig, layer_stack
+from bertgpt_jax.nn.blocks import BlockConfig, ComputeConfig, apply_layers, layer_stack
 from bertgpt_jax.nn.layers import Embedding, LayerNorm, constrain, dropout, dropout_key
 from bertgpt_jax.nn.masks import AttentionMask
+from bertgpt_jax.nn.pipeline import Pipeline
 from bertgpt_jax.shapes import Array, Hidden, Logits, Params, Tokens
 
 
@@ -79,10 +80,12 @@ class Gpt(nn.Module):
     Attributes:
         config: sizes, with `vocab_size` resolved.
         compute: dtype, attention path, recomputation.
+        pipeline: the stages that the layers are spread over; None: all layers in one place.
     """
 
     config: GptConfig
     compute: ComputeConfig
+    pipeline: Pipeline | None = None
 
     def setup(self) -> None:
         c = self.config
@@ -101,7 +104,7 @@ class Gpt(nn.Module):
         x_BTD = self.token_embedding(tokens_BT, dtype) + self.position_embedding(positions_BT, dtype)
         arrange = self.compute.attention_choice().arrange
         x_BTD = dropout(x_BTD, self.config.hidden_dropout, dropout_key(self), arrange)
-        return constrain(x_BTD, "batch", "length", "act_embed")
+        return constrain(x_BTD, "rows", "length", "act_embed")
 
     def normalize(self, x_BTD: Hidden) -> Hidden:
         """The last layer's hidden states as the head reads them."""
@@ -109,8 +112,8 @@ class Gpt(nn.Module):
 
     def encode(self, tokens_BT: Tokens, positions_BT: Tokens, mask: AttentionMask) -> Hidden:
         """Final hidden states, after the last norm, in the compute dtype."""
-        x_BTD, _ = self.layers(self.embed(tokens_BT, positions_BT), mask)
-        return self.normalize(x_BTD)
+        x_BTD = self.embed(tokens_BT, positions_BT)
+        return self.normalize(apply_layers(self.layers, self.config, self.compute, self.pipeline, x_BTD, mask))
 
     def __call__(self, tokens_BT: Tokens, positions_BT: Tokens, mask: AttentionMask) -> Logits:
         """Next-token logits in the compute dtype."""
@@ -124,4 +127,4 @@ class Gpt(nn.Module):
         """Vocabulary logits of normalised hidden states."""
         output = self.token_embedding if self.config.tied_head else self.output
         logits_BTV = output.attend(x_BTD)
-        return constrain(logits_BTV, "batch", "length", "act_vocab")
+        return constrain(logits_BTV, "rows", "length", "act_vocab")

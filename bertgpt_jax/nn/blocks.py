@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core.scope import LazyRng
 from jax.ad_checkpoint import checkpoint_name
 from pydantic import Field, model_validator
 
@@ -15,6 +16,7 @@ from bertgpt_jax.config import Config
 from bertgpt_jax.nn.attention import REFERENCE, KeyValues, PathChoice, dot_product_attention
 from bertgpt_jax.nn.layers import Einsum, Initializer, LayerNorm, activation, constrain, dropout, dropout_key
 from bertgpt_jax.nn.masks import AttentionMask
+from bertgpt_jax.nn.pipeline import Pipeline, run_layers
 from bertgpt_jax.shapes import Array, Hidden, Params
 
 
@@ -209,9 +211,8 @@ def layer_stack(config: BlockConfig, compute: ComputeConfig) -> nn.Module:
 
     Scanned or unrolled, and whatever is recomputed, the parameters and the function are the same.
     """
-    block, unroll = Block, compute.layers_per_body(config.num_layers)
-    if compute.remat not in ("none", "gelu"):
-        block = nn.remat(Block, prevent_cse=unroll > 1, policy=remat_policy(compute.remat))
+    unroll = compute.layers_per_body(config.num_layers)
+    block = _recomputed_block(compute, prevent_cse=unroll > 1)
     scan = nn.scan(
         block,
         variable_axes={"params": 0},
@@ -221,7 +222,45 @@ def layer_stack(config: BlockConfig, compute: ComputeConfig) -> nn.Module:
         unroll=unroll,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
-    return scan(config, compute.attention_choice(), recompute_activation=compute.remat == "gelu", prevent_cse=unroll > 1)
+    return scan(
+        config, compute.attention_choice(), recompute_activation=compute.remat == "gelu", prevent_cse=unroll > 1
+    )
+
+
+def _recomputed_block(compute: ComputeConfig, prevent_cse: bool) -> type[nn.Module]:
+    """`Block`, of which the backward pass recomputes what `compute.remat` says."""
+    if compute.remat in ("none", "gelu"):
+        return Block
+    return nn.remat(Block, prevent_cse=prevent_cse, policy=remat_policy(compute.remat))
+
+
+def apply_layers(
+    stack: nn.Module,
+    config: BlockConfig,
+    compute: ComputeConfig,
+    pipeline: Pipeline | None,
+    x_BTD: Hidden,
+    mask: AttentionMask,
+) -> Hidden:
+    """What the layers make of x_BTD: by the `layer_stack` itself, or by a pipeline over its parameters."""
+    if pipeline is None or stack.is_initializing():
+        return stack(x_BTD, mask)[0]
+    choice = compute.attention_choice()
+    block = _recomputed_block(compute, prevent_cse=False)(
+        config, choice, recompute_activation=compute.remat == "gelu", prevent_cse=False, parent=None
+    )
+
+    def second(block: nn.Module, x_BTD: Hidden, mask: AttentionMask) -> Hidden:
+        # Linen's scan traces its body twice, and what is drawn is numbered on: the compiled program has the second's.
+        block(x_BTD, mask)
+        return block(x_BTD, mask)[0]
+
+    def layer(params: Params, x_BTD: Hidden, mask: AttentionMask, stream: LazyRng | None) -> Hidden:
+        if stream is None:
+            return block.apply({"params": params}, x_BTD, mask)[0]
+        return block.apply({"params": params}, x_BTD, mask, rngs={"dropout": stream}, method=second)
+
+    return run_layers(stack, layer, pipeline, x_BTD, mask, compute.layers_per_body(config.num_layers))
 
 
 def remat_policy(name: str) -> Callable | None:

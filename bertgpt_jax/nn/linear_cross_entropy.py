@@ -78,7 +78,7 @@ def linear_cross_entropy(
     if mesh.empty or mesh.size == 1:
         settings = _Settings(chunk, z_loss, label_smoothing, (), (), ())
         return HeadLoss(*_weighted_loss(settings, None, x_BTD, table_VD, bias_V, labels_BT, weights_BT))
-    rows, vocab = nn.logical_to_mesh_axes(("batch", "act_vocab"))
+    rows, vocab = nn.logical_to_mesh_axes(("rows", "act_vocab"))
     rows, vocab = (
         tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes or ()) if mesh.shape[axis] > 1)
         for axes in (rows, vocab)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 LOGICAL_AXES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     # activations
-    ("batch", ("data", "fsdp")),
+    ("rows", ("pipe", "data", "fsdp")),  # a batch outside the layers: stages share what is not theirs alone
+    ("batch", ("data", "fsdp")),  # inside
+    ("stages", "pipe"),
     ("length", "context"),
     ("predictions", "context"),  # masked positions, gathered from all over the row
     ("act_embed", None),  # batch already uses fsdp, and an array may use a mesh axis once

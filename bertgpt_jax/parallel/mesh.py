@@ -31,8 +31,7 @@ class MeshConfig(Config):
         """Axis name -> size, product equal to `devices`.
 
         Raises:
-            ConfigError: two -1, a 0, a product that is not the device count (with the shapes that would fit), or an
-                axis that is not available yet.
+            ConfigError: two -1, a 0, or a product that is not the device count (with the shapes that would fit).
         """
         sizes = {axis: getattr(self, axis) for axis in AXES}
         if 0 in sizes.values() or list(sizes.values()).count(-1) > 1:
@@ -45,9 +44,6 @@ class MeshConfig(Config):
                 f"mesh {self.describe()} does not multiply to {devices} devices; "
                 f"(data, fsdp, tensor) may be one of {_factorizations(devices)}"
             )
-        for axis, why in (("pipe", "pipeline stages"),):
-            if sizes[axis] != 1:
-                raise ConfigError(f"mesh.{axis} = {sizes[axis]}: {why} are not available yet; set mesh.{axis}=1")
         return sizes
 
     def describe(self) -> str:
@@ -73,6 +69,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     sizes = config.resolve(len(devices))
     shape = tuple(sizes[axis] for axis in AXES)
     return Mesh(_arranged(devices, shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def fully_sharded(mesh: Mesh) -> MeshConfig | None:
+    """The mesh with every replica made a shard of the parameters; None where there are no replicas."""
+    if mesh.shape["data"] == 1:
+        return None
+    return MeshConfig(**{**mesh.shape, "data": 1, "fsdp": mesh.shape["data"] * mesh.shape["fsdp"]})
 
 
 def _arranged(devices: list[jax.Device], shape: tuple[int, ...]) -> np.ndarray:

@@ -16,8 +16,8 @@ from bertgpt_jax.errors import ConfigError
 from bertgpt_jax.parallel.axes import LOGICAL_AXES
 from bertgpt_jax.shapes import PyTree
 
-ROWS = PartitionSpec(("data", "fsdp"))
-"""How every array of a batch is split: by rows, over replicas and parameter shards alike."""
+ROWS = PartitionSpec(("pipe", "data", "fsdp"))
+"""How every array of a batch is split: by rows, over stages, replicas and parameter shards alike."""
 
 SEQUENCE = "context"
 """The mesh axis over which sequences are split."""
@@ -165,8 +165,9 @@ def check_batch(batch_size: int, microbatches: int, mesh: Mesh, name: str) -> No
         step = shards * microbatches
         lower, upper = batch_size // step * step, -(-batch_size // step) * step
         advice = f"{lower} or {upper}" if lower else f"{upper}"
+        axes = "*".join(axis for axis in ROWS[0] if axis != "pipe" or mesh.shape[axis] > 1)
         raise ConfigError(
-            f"{name}.batch_size {batch_size} is not divisible by data*fsdp*microbatches = {step}; use {advice}"
+            f"{name}.batch_size {batch_size} is not divisible by {axes}*microbatches = {step}; use {advice}"
         )
 
 

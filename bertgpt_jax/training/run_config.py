@@ -16,6 +16,7 @@ from bertgpt_jax.errors import ConfigError
 from bertgpt_jax.models.bert import BertConfig
 from bertgpt_jax.models.gpt import GptConfig
 from bertgpt_jax.nn.blocks import ComputeConfig
+from bertgpt_jax.nn.pipeline import PipelineConfig
 from bertgpt_jax.objectives.causal_lm import CausalLM
 from bertgpt_jax.objectives.masked_lm import MaskedLM
 from bertgpt_jax.objectives.masked_lm_nsp import MaskedLMNSP
@@ -118,6 +119,7 @@ class ExecutionConfig(Config):
 
     mesh: MeshConfig = MeshConfig()
     compute: ComputeConfig = ComputeConfig()
+    pipeline: PipelineConfig = PipelineConfig()
     distributed: DistributedConfig = DistributedConfig()
     log_every: int = Field(default=10, ge=1, description="steps between rows of metrics.jsonl")
     eval_every: int | None = Field(

@@ -20,7 +20,8 @@ from bertgpt_jax.corpus.mixture import CorpusMixture
 from bertgpt_jax.corpus.view import Corpus
 from bertgpt_jax.models import make_model
 from bertgpt_jax.nn.blocks import ComputeConfig
-from bertgpt_jax.parallel import context, sharding
+from bertgpt_jax.nn.pipeline import Pipeline
+from bertgpt_jax.parallel import context, pipeline, sharding
 from bertgpt_jax.shapes import PyTree
 from bertgpt_jax.training.data import make_held_out, make_train
 from bertgpt_jax.training.run_config import RunConfig, StageConfig, stage_steps
@@ -107,8 +108,16 @@ def check_batches(config: RunConfig, mesh: Mesh) -> None:
 
     The smaller ones of a ramp are filled up with rows of weight 0 (`shape_config`).
     """
+    stages, exact = pipeline_on(config, mesh), config.execution.pipeline.microbatches is not None
     for stage in config.stages:
         sharding.check_batch(stage.batch_size, stage.microbatches, mesh, f"stages.{stage.name}")
+        part = "batch_size" + (f" / {stage.microbatches} microbatches" if stage.microbatches > 1 else "")
+        pipeline.check_rows(stage.batch_size // stage.microbatches, stages, exact, f"stages.{stage.name}: {part}")
+
+
+def pipeline_on(config: RunConfig, mesh: Mesh) -> Pipeline | None:
+    """The pipeline of the model on a mesh; None where all layers are in one place."""
+    return pipeline.make_pipeline(config.execution.pipeline, config.model.num_layers, mesh)
 
 
 def shape_config(program: Program, stage: StageConfig, segment: Segment) -> StageConfig:
@@ -150,7 +159,7 @@ def make_program(config: RunConfig, mesh: Mesh) -> Program:
         for segment in stage.ramp().segments:
             name = f"stages.{stage.name}: sequence_length"
             context.check_length(segment.sequence_length, compute.zigzag, mesh, name)
-    model = make_model(config.model, compute)
+    model = make_model(config.model, compute, pipeline_on(config, mesh))
     first = config.stages[0]
     rows = config.objective.abstract_batch(1, first.sequence_length)
 

@@ -24,6 +24,7 @@ from bertgpt_jax.parallel.mesh import AXES, MeshConfig, make_mesh
         (dict(data=2, fsdp=-1, tensor=2), 8, (2, 2, 1, 1, 2)),
         (dict(tensor=2), 8, (4, 1, 1, 1, 2)),
         (dict(data=8, pipe=-1), 8, (8, 1, 1, 1, 1)),
+        (dict(data=4, pipe=-1), 8, (4, 1, 2, 1, 1)),
     ],
 )
 def test_sizes(fields: dict, devices: int, expected: tuple) -> None:
@@ -45,8 +46,7 @@ def test_minus_one_is_what_is_left(data: int, fsdp: int, tensor: int, free: str 
         (dict(data=1), "does not multiply to 8 devices"),
         (dict(data=-1, tensor=-1), "one of them may be -1"),
         (dict(data=0), "sizes are positive"),
-        (dict(data=4, pipe=2), r"mesh.pipe = 2: pipeline stages are not available yet; set mesh.pipe=1"),
-        (dict(data=4, pipe=-1), "mesh.pipe = 2: pipeline stages are not available"),
+        (dict(data=4, pipe=3), r"mesh data=4,pipe=3 does not multiply to 8 devices"),
     ],
 )
 def test_refusals_name_sizes_and_what_fits(fields: dict, message: str) -> None:

@@ -83,7 +83,8 @@ def step_time(
     by_axis = {axis: sent.get(axis, 0.0) / (bandwidth[axis] * LINKS) for axis in AXES}
     dcn = 0.0
     if place.slices > 1:  # between slices, all chips of a slice share its gradient
-        dcn = sent.get(AXES[0], 0.0) / shards.data * place.slices / (chip.dcn_bandwidth * LINKS)
+        between = (place.slices - 1) / (shards.data - 1)
+        dcn = sent.get(AXES[0], 0.0) * between / (chip.dcn_bandwidth * LINKS)
     ici = sum(by_axis.values())
     waiting = by_axis[AXES[-1]]
     beside = ici - waiting + dcn
@@ -145,7 +146,7 @@ def sent_bytes(work: Work, shards: Shards, parameters: float) -> dict[str, float
         zip(
             AXES,
             (
-                2 * element * 2 * held * parts * _others(shards.data),
+                2 * 4 * held * _others(shards.data),  # gradients, once a step and in fp32
                 weights * parts * _others(shards.fsdp),
                 2 * hidden * _others(shards.pipe) * 2,
                 3 * 2 * hidden * work.heads * work.head_size / work.width / shards.tensor * layers

@@ -114,7 +114,7 @@ def with_candidate(config: RunConfig, index: int, candidate: Candidate) -> RunCo
 
 
 def search(
-    config: RunConfig, place: Place, compile_best: int, price: float | None
+    config: RunConfig, place: Place, compile_best: int, price: float | None = None
 ) -> tuple[list[Candidate], list[Plan]]:
     """(all candidates of the longest stage, the plans of the best few as compiled, fastest first).
 
@@ -123,7 +123,7 @@ def search(
     Raises:
         ConfigError: none fits; with what would.
     """
-    start = MeshConfig(**dict(zip(AXES, (-1, 1, 1, 1, 1), strict=True)))
+    start = MeshConfig(**dict(zip(AXES, (place.slices, 1, 1, 1, -1), strict=True)))  # rounds no batch
     prepared = prepare(_one_part(config), place, start)
     positions = [stage.steps * stage.batch_size * stage.sequence_length for stage in prepared.config.stages]
     index = positions.index(max(positions))

@@ -1,0 +1,244 @@
+"""Plans of small runs: compiled for CPU devices, along ramps, padded, rounded, refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import pytest
+
+from bertgpt_jax.commands.plan import main
+from bertgpt_jax.config import load_config, to_json
+from bertgpt_jax.corpus.config import CorpusConfig
+from bertgpt_jax.errors import ConfigError
+from bertgpt_jax.models.gpt import GptConfig
+from bertgpt_jax.nn.blocks import ComputeConfig
+from bertgpt_jax.objectives.causal_lm import CausalLM
+from bertgpt_jax.parallel.mesh import MeshConfig, make_mesh
+from bertgpt_jax.parallel.sharding import bytes_per_device
+from bertgpt_jax.planning import compiled, places, search
+from bertgpt_jax.planning.memory import held_bytes
+from bertgpt_jax.planning.plan import make_plan, parse_mesh, prepare
+from bertgpt_jax.training import setup
+from bertgpt_jax.training.run_config import ExecutionConfig, RunConfig, StageConfig
+from bertgpt_jax.training.schedules import Constant
+
+SIZES = dict(vocab_size=512, max_positions=64, hidden_size=64, num_heads=4, intermediate_size=128, num_layers=2)
+
+
+def run_config(**stage) -> RunConfig:
+    shape = dict(steps=100, sequence_length=64, batch_size=32, schedule=Constant(peak=1e-3))
+    return RunConfig(
+        corpus=CorpusConfig(path="unused"),
+        model=GptConfig(**SIZES),
+        objective=CausalLM(),
+        stages=(StageConfig(**shape | stage),),
+        execution=ExecutionConfig(compute=ComputeConfig(unroll_layers=False)),
+    )
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> str:
+    path = tmp_path / "tiny.json"
+    path.write_text(to_json(run_config()))
+    return str(path)
+
+
+# ---------------------------------------------------------------- without compiling
+
+
+def test_gpt3s_ramp_on_256_shards() -> None:
+    """32k tokens are 16 rows: filled up to 256, counted as 16; each shape's time enters the days."""
+    prepared = prepare(load_config("gpt3/13b", RunConfig), places.parse("v5e:16x16"))
+    (note,) = prepared.notes
+    assert "16 to 256" in note and "weight 0" in note
+    plan = make_plan(prepared, compiling=False)
+    (stage,) = plan.stages
+    first, *_, last = stage.shapes
+    assert (first.rows, first.computed, first.first) == (16, 256, 0) and last.rows == last.computed == 1024
+    assert [s.first + s.steps for s in stage.shapes[:-1]] == [s.first for s in stage.shapes[1:]]
+    tokens = sum(shape.steps * shape.rows * shape.length for shape in stage.shapes)
+    assert 300e9 <= tokens < 300e9 + 1024 * 2048
+    assert plan.days == pytest.approx(sum(shape.steps * shape.seconds for shape in stage.shapes) / 86_400)
+    assert first.seconds < last.seconds and first.seconds / first.rows > last.seconds / last.rows
+
+
+def test_a_batch_that_the_mesh_does_not_divide_is_rounded_up() -> None:
+    prepared = prepare(run_config(batch_size=30, microbatches=4), places.parse("v5e:4x4"))
+    stage = prepared.config.stages[0]
+    assert (stage.batch_size, stage.microbatches) == (32, 2)
+    assert len(prepared.notes) == 2 and "set batch_size=32" in prepared.notes[0]
+    assert "set microbatches=2" in prepared.notes[1]
+    even = prepare(run_config(), places.parse("v5e:4x4"))
+    assert even.notes == () and even.config.stages == run_config().stages
+
+
+@pytest.mark.parametrize("mesh", ["data=8", "fsdp=8", "fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2"])
+def test_bytes_of_the_state_are_those_of_the_shardings(mesh: str) -> None:
+    """Counted from one device's layout, they are what the mesh's own shardings say."""
+    config, place = run_config(), places.parse("cpu:8")
+    prepared = prepare(config, place, parse_mesh(mesh))
+    real = setup.make_program(prepared.config, make_mesh(prepared.config.execution.mesh, jax.devices()[:8]))
+    for part in ("params", "optimizer"):
+        tree = real.abstract_state[part]
+        expected = bytes_per_device(tree, jax.tree.map(lambda leaf: leaf.sharding, tree))
+        assert held_bytes(prepared.program.abstract_state[part], prepared.sizes) == expected
+
+
+@pytest.mark.parametrize(
+    ("mesh", "shown"),
+    [
+        ("fsdp=7", ["fsdp=7", "16 devices"]),
+        ("fsd=4", ["--mesh 'fsd=4'", "data, fsdp, pipe, context, tensor"]),
+        ("fsdp=x", ["--mesh", "fsdp", "'x'"]),
+        ("", ["axes are"]),
+    ],
+)
+def test_meshes_that_do_not_fit(mesh: str, shown: list[str]) -> None:
+    with pytest.raises(ConfigError) as raised:
+        prepare(run_config(), places.parse("v5e:4x4"), parse_mesh(mesh))
+    assert [part for part in shown if part not in str(raised.value)] == [], raised.value
+
+
+def test_slices_need_replicas() -> None:
+    with pytest.raises(ConfigError, match="mesh.data = 1 cannot be shared out among 2 slices"):
+        prepare(run_config(), places.parse("v5e:4x4", 2), parse_mesh("data=1,fsdp=32"))
+
+
+# ---------------------------------------------------------------- compiled
+
+
+@pytest.mark.slow
+def test_compiled_for_cpu_devices(saved: str, capsys) -> None:
+    """In a process of its own: this one has eight devices, the plan four."""
+    assert main([saved, "--topology", "cpu:4", "--mesh", "data=2,fsdp=2", "--json", "--price", "2"]) == 0
+    tree = json.loads(capsys.readouterr().out)
+    keys = {"chips", "fits", "bytes_per_device", "hbm_bytes", "compile_seconds", "predicted_step_seconds"}
+    assert keys | {"predicted_mfu", "binding", "stages", "bytes", "collectives", "days", "cost"} <= set(tree)
+    assert (tree["chips"], tree["fits"], tree["mesh"]["fsdp"]) == (4, True, 2)
+    assert tree["bytes_per_device"] > tree["bytes"]["params"] + tree["bytes"]["optimizer"]
+    assert tree["cost"] == pytest.approx(tree["days"] * 24 * 4 * 2)
+    found = {(one["kind"], tuple(one["axes"])) for one in tree["collectives"]}
+    assert ("all-gather", ("fsdp",)) in found, found
+    sent = {axis for one in tree["collectives"] for axis in one["axes"]}
+    assert sent == {"data", "fsdp"}
+
+
+@pytest.mark.slow
+def test_what_the_child_refuses_is_one_line(saved: str, capsys) -> None:
+    """Four heads cannot be split eight ways."""
+    assert main([saved, "--topology", "cpu:8", "--mesh", "tensor=8"]) == 78
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "8" in error and error.count("\n") == 1
+
+
+# ---------------------------------------------------------------- what does not fit
+
+
+def test_too_large_ends_with_78_and_says_what_would_fit(capsys) -> None:
+    assert main(["gpt/gpt2_xl", "model.vocab_size=50304", "--topology", "v5e:4x4", "--no-compile"]) == 78
+    shown = capsys.readouterr()
+    assert "DOES NOT FIT" in shown.out and "GiB a device of 15.75" in shown.out
+    error = shown.err.strip()
+    assert error.startswith("error: stage pretrain does not fit: ") and "\n" not in error
+    assert "of 15.75 on v5e; use fsdp=16" in error
+
+
+def test_where_nothing_fits_a_larger_slice_is_named(capsys) -> None:
+    assert main(["gpt3/175b", "--topology", "v5e:4x4", "--no-compile", "--json"]) == 78
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["fits"] is False
+    assert "take a larger slice, e.g. v5e:4x8" in shown.err
+
+
+def test_the_compilers_own_words_on_memory() -> None:
+    message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 33.60G of 15.75G hbm."
+    assert compiled.needed_bytes(message) == int(33.6 * 2**30)
+    message = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (480.00G) exceeds"
+    )
+    assert compiled.needed_bytes(message) == 480 * 2**30
+    assert compiled.needed_bytes("INVALID_ARGUMENT: something else") is None
+
+
+# ---------------------------------------------------------------- search
+
+
+def test_a_search_ranks_by_time_among_those_that_fit() -> None:
+    place = places.parse("v5e:16x16")
+    start = MeshConfig(data=1, tensor=-1)
+    prepared = prepare(load_config("gpt3/1_3b", RunConfig), place, start)
+    ranked = search.candidates(prepared, prepared.config.stages[0])
+    assert ranked and all(c.bytes_per_device <= place.chip.usable_bytes for c in ranked)
+    assert [c.seconds for c in ranked] == sorted(c.seconds for c in ranked)
+    assert all(c.shards.chips == 256 for c in ranked) and len({c.shards for c in ranked}) > 5
+    assert {c.remat for c in ranked} == set(search.REMAT)
+    best = search.with_candidate(prepared.config, 0, ranked[0])
+    assert best.execution.mesh.resolve(256) == dict(zip(prepared.sizes, ranked[0].shards, strict=True))
+    assert best.execution.compute.remat == ranked[0].remat
+    assert best.stages[0].microbatches == ranked[0].microbatches
+
+
+def test_175b_has_a_layout_of_60_percent_on_1024_v5p(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the search would compile first; the compiled table has its bytes."""
+    place = places.parse("v5p:8x8x16")
+    tried = []
+
+    def plan(prepared, price=None):
+        tried.append(prepared)
+        return make_plan(prepared, compiling=False)
+
+    monkeypatch.setattr(search, "make_plan", plan)
+    _, plans = search.search(load_config("gpt3/175b", RunConfig), place, 2)
+    assert len(plans) == len(tried) == 2 and plans[0].days <= plans[1].days
+    stage = plans[0].main
+    flops = stage.flops_per_token[0] * stage.work.positions
+    assert flops / stage.time.total / (1024 * place.chip.flops) >= 0.60
+    assert stage.time.binding == "matmul" and plans[0].fits
+
+
+# ---------------------------------------------------------------- refusals of the command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "shown"),
+    [
+        (["--topology", "v5e:3x3"], 78, "v5e:2x4 and v5e:4x4"),
+        (["--topology", "v5e:4x4", "--slices", "0"], 64, "--slices 0"),
+        (["--topology", "v5e:4x4", "--search", "--mesh", "fsdp=4"], 64, "--search chooses the mesh"),
+        (["--topology", "v5e:4x4", "--png", "x.jpg"], 64, "must end in .png"),
+        (["--topology", "v5e:4x4", "--price", "-1"], 64, "too small"),
+        ([], 64, "--topology"),
+    ],
+)
+def test_refused(saved: str, arguments: list[str], code: int, shown: str, capsys) -> None:
+    assert main([saved, *arguments]) == code
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and shown in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(("topology", "extra"), [("v5e:4x4", "libtpu"), ("h200:8", "cuda")])
+def test_a_compiler_that_is_not_installed(topology: str, extra: str, saved: str, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: None)
+    assert main([saved, "--topology", topology]) == 78
+    assert f"pip install 'bertgpt_jax[{extra}]'" in capsys.readouterr().err
+
+
+def test_a_picture(saved: str, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "plan.png"
+    arguments = [
+        saved,
+        "--topology",
+        "v5e:4x4",
+        "--no-compile",
+        "--png",
+        str(out),
+        "--json",
+        str(tmp_path / "plan.json"),
+    ]
+    assert main(arguments) == 0
+    assert out.read_bytes().startswith(b"\x89PNG") and json.loads((tmp_path / "plan.json").read_text())["fits"]
+    assert str(out) in capsys.readouterr().out
+    assert dataclasses.is_dataclass(places.Place)

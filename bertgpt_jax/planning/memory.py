@@ -16,7 +16,7 @@ import jax
 from bertgpt_jax.errors import ConfigError
 from bertgpt_jax.parallel.mesh import AXES
 from bertgpt_jax.parallel.sharding import flatten
-from bertgpt_jax.planning.work import Shards, Work
+from bertgpt_jax.planning.work import Shards, Work, pipeline_parts
 from bertgpt_jax.shapes import PyTree
 
 
@@ -105,9 +105,9 @@ def layer_saved_bytes(work: Work, shards: Shards) -> float:
 
 def saved_bytes(work: Work, shards: Shards) -> int:
     """Bytes that all layers of a device leave for the backward pass."""
-    in_flight = min(work.microbatches, shards.pipe) if shards.pipe > 1 else 1
-    layers = work.layers / shards.pipe
-    return int(positions(work, shards) * layers * in_flight * layer_saved_bytes(work, shards))
+    parts = max(pipeline_parts(work, shards), 1)
+    turns = (parts + shards.pipe - 1) / parts  # stages compute before and after they have rows of their own
+    return int(positions(work, shards) * work.layers / shards.pipe * turns * layer_saved_bytes(work, shards))
 
 
 def working_bytes(work: Work, shards: Shards) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from bertgpt_jax.parallel.mesh import AXES
 from bertgpt_jax.planning.links import axis_bandwidth
 from bertgpt_jax.planning.places import Place
-from bertgpt_jax.planning.work import Shards, Work
+from bertgpt_jax.planning.work import Shards, Work, pipeline_parts
 
 MATMUL = 0.93
 """Share of the peak that large matrix products reach, their sides padded to the matrix unit."""
@@ -78,7 +78,7 @@ def step_time(
     sent = sent_bytes(work, shards, parameters) if sent is None else sent
     matmul = matmul_seconds(work, shards, place)
     hbm = hbm_bytes(work, shards, parameters) / (chip.hbm_bandwidth * HBM)
-    bubble = (shards.pipe - 1) / max(work.microbatches, 1) * (matmul + hbm)
+    bubble = (shards.pipe - 1) / max(pipeline_parts(work, shards) * work.pipeline_repeats, 1) * (matmul + hbm)
     bandwidth = axis_bandwidth(place, shards)
     by_axis = {axis: sent.get(axis, 0.0) / (bandwidth[axis] * LINKS) for axis in AXES}
     dcn = 0.0
@@ -148,7 +148,7 @@ def sent_bytes(work: Work, shards: Shards, parameters: float) -> dict[str, float
             (
                 2 * 4 * held * _others(shards.data),  # gradients, once a step and in fp32
                 weights * parts * _others(shards.fsdp),
-                2 * hidden * _others(shards.pipe) * 2,
+                2 * hidden * work.pipeline_repeats if shards.pipe > 1 else 0.0,
                 3 * 2 * hidden * work.heads * work.head_size / work.width / shards.tensor * layers
                 * (shards.context - 1),
                 2 * passes * hidden * layers * _others(shards.tensor),

@@ -14,7 +14,7 @@ from bertgpt_jax.planning.memory import memory
 from bertgpt_jax.planning.places import Place, torus_shapes
 from bertgpt_jax.planning.plan import Plan, Prepared, fits, make_plan, prepare
 from bertgpt_jax.planning.roofline import step_time
-from bertgpt_jax.planning.work import Shards, Work, work_of
+from bertgpt_jax.planning.work import Shards, Work, pipeline_parts, work_of
 from bertgpt_jax.training.run_config import RunConfig, StageConfig, with_changes
 from bertgpt_jax.training.setup import stage_state
 
@@ -56,9 +56,9 @@ def candidates(prepared: Prepared, stage: StageConfig) -> list[Candidate]:
     found, room = [], prepared.place.chip.usable_bytes * ROOM
     for shards in meshes(prepared.place, base):
         for remat, parts in itertools.product(REMAT, MICROBATCHES):
-            if stage.batch_size % (shards.rows * parts) or (shards.pipe > 1 and parts < shards.pipe):
-                continue
             work = dataclasses.replace(base, remat=remat, microbatches=parts)
+            if stage.batch_size % (shards.rows * parts) or not pipeline_parts(work, shards):
+                continue
             try:
                 needed = memory(work, shards, state, batch).total
             except ConfigError:

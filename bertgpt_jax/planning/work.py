@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from bertgpt_jax.nn.attention import PathChoice, choose_path
 from bertgpt_jax.nn.masks import AttentionMask
 from bertgpt_jax.parallel.mesh import AXES
+from bertgpt_jax.parallel.pipeline import PER_STAGE
 from bertgpt_jax.training.run_config import RunConfig, StageConfig
 
 
@@ -52,6 +53,7 @@ class Work:
         remat: `ComputeConfig.remat`.
         fused_attention: by a kernel that keeps no scores.
         head_chunk: `ComputeConfig.head_chunk`.
+        pipeline_parts, pipeline_repeats: `PipelineConfig.microbatches` and groups of layers a stage.
         width_bytes: of an activation's element.
     """
 
@@ -70,6 +72,8 @@ class Work:
     remat: str = "none"
     fused_attention: bool = True
     head_chunk: int | None = None
+    pipeline_parts: int | None = None
+    pipeline_repeats: int = 1
     width_bytes: int = 2
 
     @property
@@ -86,6 +90,19 @@ class Work:
     def recomputes(self) -> bool:
         """Whether the backward pass runs whole layers again."""
         return self.remat in ("full", "offload")
+
+
+def pipeline_parts(work: Work, shards: Shards) -> int:
+    """Microbatches that go through the stages of a pipeline, as `nn/pipeline.py` chooses them; 1 without one.
+
+    0: the rows do not divide into any number of them.
+    """
+    if shards.pipe == 1:
+        return 1
+    rows, rest = divmod(work.rows, shards.rows * work.microbatches)
+    wanted = work.pipeline_parts or PER_STAGE * shards.pipe
+    fitting = [n for n in range(shards.pipe, wanted + 1, shards.pipe) if rows % n == 0]
+    return max(fitting, default=0) if rows and not rest else 0
 
 
 def work_of(config: RunConfig, stage: StageConfig, platform: str) -> Work:
@@ -116,5 +133,7 @@ def work_of(config: RunConfig, stage: StageConfig, platform: str) -> Work:
         remat=compute.remat,
         fused_attention=path != "reference",
         head_chunk=compute.head_chunk,
+        pipeline_parts=config.execution.pipeline.microbatches,
+        pipeline_repeats=config.execution.pipeline.groups,
         width_bytes=jnp.dtype(compute.dtype).itemsize,
     )

@@ -21,6 +21,7 @@ VERBS = {
     "replay": "what a step was made of: documents, sources, text, masks",
     "benchmark": "measure a speed beside its peers",
     "launch_local": "start a command as several processes over loopback",
+    "status": "how runs stand, for people and for what watches them",
     "check_leak": "perturb single documents and see that nothing reaches any other",
     "generate": "continue text with a GPT",
     "fill_mask": "guess masked tokens with a BERT",

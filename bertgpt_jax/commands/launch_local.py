@@ -23,8 +23,8 @@ examples:
 
 Each process gets JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, which training reads. Their lines are
 printed with the process number. When one fails the others have some seconds to end by themselves and are then stopped.
-The exit code is that of the process that failed first; of one that a signal ended, 128 + the signal. With
---max-restarts, the job starts again after 75 (stopped on request), 76 (a process was lost) and signals, as the
+The exit code is that of the process that failed first; of one that a signal ended, 128 + the signal, but 76 for
+SIGABRT, with which jax ends a process whose peers are gone. With --max-restarts, the job starts again after 75 (stopped on request), 76 (a process was lost) and signals, as the
 supervisor of a pod would; other codes need a person.
 """
 
@@ -106,7 +106,7 @@ class Job:
             codes = self._wait_for_all()
         for reader in self._readers:
             reader.join(timeout=10)
-        failed = [_shell_code(code) for code in codes if code != 0]
+        failed = [shell_code(code) for code in codes if code != 0]
         causes = [code for code in failed if code != PeerError.exit_code]  # "another one failed" is not the reason
         return next(iter(causes or failed), 0)
 
@@ -172,5 +172,8 @@ def _copy_lines(child: subprocess.Popen, prefix: str) -> None:
         sys.stdout.flush()
 
 
-def _shell_code(code: int) -> int:
+def shell_code(code: int) -> int:
+    """What a process's end is to a supervisor: 128 + a signal's number, but SIGABRT (jax lost a peer) is 76."""
+    if code in (-signal.SIGABRT, 128 + signal.SIGABRT):
+        return PeerError.exit_code
     return code if code >= 0 else 128 - code

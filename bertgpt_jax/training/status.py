@@ -126,7 +126,7 @@ def acquire(workdir: epath.Path) -> RunLock:
     """Takes the workdir for this run; with several processes, all of them call this and the first holds the lock.
 
     A lock whose process is dead (same host) or that was not renewed for 10 minutes (another host) is taken over; so is
-    one of the same job (`job_name`): its supervisor has started it again, perhaps elsewhere.
+    one of the same job (`job_name`) on another host: its supervisor has started it again there.
 
     Raises:
         ConfigError: another run holds it: its host, process id and start.
@@ -142,12 +142,11 @@ def _or_none(entry: dict[str, Any]) -> dict[str, Any] | None:
 def _acquire(workdir: epath.Path) -> dict[str, Any]:
     path = workdir / "run.lock"
     holder = storage.read_json(path)
-    job = job_name()
-    restarted = isinstance(holder, dict) and job is not None and holder.get("job") == job
-    if isinstance(holder, dict) and not restarted and _is_alive(holder):
+    if isinstance(holder, dict) and _is_alive(holder):
         raise _locked(workdir, holder)
     entry = {
-        "job": job,
+        "job": job_name(),
+        "attempt": os.environ.get("SLURM_RESTART_COUNT", "0"),
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "process_start": _process_start(os.getpid()),
@@ -175,6 +174,14 @@ def job_name(environ: Mapping[str, str] = os.environ) -> str | None:
     return None
 
 
+def _was_restarted(holder: dict[str, Any]) -> bool:
+    """Whether a lock is of an earlier start of this very job (of a SLURM job, before it was requeued)."""
+    job = job_name()
+    same = job is not None and holder.get("job") == job
+    requeued = holder.get("attempt") != os.environ.get("SLURM_RESTART_COUNT", "0")
+    return same and (requeued or not job.startswith("SLURM_JOB_ID="))
+
+
 def _token(entry: Any) -> Any:
     return entry.get("token") if isinstance(entry, dict) else None
 
@@ -191,7 +198,7 @@ def _is_alive(holder: dict[str, Any]) -> bool:
     if not isinstance(pid, int) or not isinstance(seen, int | float):
         return False  # not a lock of ours
     if holder.get("host") != socket.gethostname():
-        return abs(time.time() - seen) < STALE_SECONDS
+        return abs(time.time() - seen) < STALE_SECONDS and not _was_restarted(holder)
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

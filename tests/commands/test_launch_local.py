@@ -36,6 +36,9 @@ def test_each_knows_its_place_and_lines_carry_the_number(capfd: pytest.CaptureFi
         ("sys.exit(65 if rank == 1 else (time.sleep(0.5), 76)[1])", 65),  # the cause, not who noticed
         ("time.sleep(0.5 * rank); sys.exit(76)", 76),
         ("os.kill(os.getpid(), 9) if rank == 1 else time.sleep(60)", 137),
+        ("os.abort() if rank == 1 else sys.exit(0)", 76),  # jax's way to end where a peer is gone
+        ("os.abort() if rank == 1 else (time.sleep(0.5), sys.exit(65))", 65),
+        ("sys.exit(134)", 76),  # the same, through a shell
     ],
 )
 def test_the_first_failure_ends_all(code: str, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:

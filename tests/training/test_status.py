@@ -87,6 +87,35 @@ def test_another_host_that_still_beats_holds_it(tmp_path: Path) -> None:
         acquire(epath.Path(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("job", "now", "taken"),
+    [
+        ({"job": "BERTGPT_JOB=pod"}, {"BERTGPT_JOB": "pod"}, True),
+        ({"job": "BERTGPT_JOB=pod"}, {"BERTGPT_JOB": "other"}, False),
+        ({"job": "BERTGPT_JOB=pod"}, {}, False),
+        ({"job": None}, {}, False),
+        ({"job": "SKYPILOT_TASK_ID=sky-1"}, {"SKYPILOT_TASK_ID": "sky-1"}, True),
+        ({"job": "SLURM_JOB_ID=7", "attempt": "0"}, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}, True),
+        ({"job": "SLURM_JOB_ID=7", "attempt": "0"}, {"SLURM_JOB_ID": "7"}, False),
+        ({"job": "BERTGPT_JOB=pod", "host": socket.gethostname()}, {"BERTGPT_JOB": "pod"}, False),
+    ],
+)
+def test_a_job_started_again_elsewhere_takes_its_lock_over(
+    job: dict[str, Any], now: dict[str, str], taken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A supervisor starts the same job on another host while the old lock still looks fresh; nobody else may."""
+    for name in ("BERTGPT_JOB", "SKYPILOT_TASK_ID", "SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in now.items():
+        monkeypatch.setenv(name, value)
+    _write_lock(tmp_path, **({"host": "node-of-before"} | job))
+    if taken:
+        acquire(epath.Path(tmp_path)).release()
+    else:
+        with pytest.raises(ConfigError, match="is locked by host"):
+            acquire(epath.Path(tmp_path))
+
+
 def test_of_two_that_start_at_once_the_later_write_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(status.time, "sleep", lambda seconds: _write_lock(tmp_path, pid=4242))
     with pytest.raises(ConfigError, match="pid 4242"):

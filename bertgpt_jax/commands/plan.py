@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from bertgpt_jax.commands.common import command_parser, run_command, select_platform
 from bertgpt_jax.errors import ConfigError, UsageError
@@ -20,17 +21,21 @@ h200:8, cpu:8. Ends with 78 if it does not fit, saying what would."""
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `tools/plan.py` and `bertgpt plan`."""
     parser = command_parser("plan", _DESCRIPTION)
-    parser.add_argument("config", help="a shipped name, or a .py or .json file")
+    parser.add_argument("config", nargs="?", help="a shipped name, or a .py or .json file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changed settings")
-    parser.add_argument("--topology", required=True, metavar="PLACE", help="chip and shape, or a cloud's name")
+    parser.add_argument("--topology", metavar="PLACE", help="chip and shape, or a cloud's name")
     parser.add_argument("--slices", type=int, default=1, help="slices of that shape, joined by the network (default 1)")
     parser.add_argument("--mesh", metavar="AXIS=N,...", help="in place of the config's; the data axis takes the rest")
     parser.add_argument("--search", action="store_true", help="rank meshes, remat policies and microbatches")
     parser.add_argument("--compile-best", type=int, default=2, metavar="N", help="of a search (default 2)")
     parser.add_argument("--no-compile", action="store_true", help="by the analytic model alone, in seconds")
+    parser.add_argument(
+        "--weak-scaling", nargs="+", metavar="PLACE[*SLICES]", help="the same rows a chip there, on paper; no compiling"
+    )
     parser.add_argument("--price", type=float, metavar="X", help="of a chip for an hour, to print the cost")
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="print JSON, or write it to FILE")
     parser.add_argument("--png", metavar="FILE", help="draw bytes and times")
+    parser.add_argument("--table", nargs="+", metavar="FILE", help="Markdown of plans written with --json; no planning")
     return run_command(_plan, parser, argv)
 
 
@@ -50,6 +55,12 @@ def _plan(args: argparse.Namespace) -> int:
         raise UsageError("--search chooses the mesh and compiles; leave --mesh and --no-compile out")
     if args.png and Path(args.png).suffix != ".png":
         raise UsageError(f"--png '{args.png}' must end in .png")
+    if args.table:
+        return _table(args)
+    if args.config and args.weak_scaling:
+        return _weak_scaling(args)
+    if not args.config or not args.topology:
+        raise UsageError("give CONFIG and --topology PLACE, e.g. gpt/gpt2 --topology v5e:4x4; see --help")
     place = places.parse(args.topology, args.slices)
     config = load_config(args.config, RunConfig, args.overrides)
     if not args.no_compile:
@@ -72,6 +83,47 @@ def _plan(args: argparse.Namespace) -> int:
     return 0
 
 
+def _weak_scaling(args: argparse.Namespace) -> int:
+    from bertgpt_jax.config import load_config
+    from bertgpt_jax.planning import places, scaling
+    from bertgpt_jax.training.run_config import RunConfig
+
+    found = []
+    for text in args.weak_scaling:
+        name, _, slices = text.partition("*")
+        if slices and not slices.isdigit():
+            raise UsageError(f"--weak-scaling '{text}' is not PLACE*SLICES, e.g. v5e:16x16*4")
+        found.append(places.parse(name, int(slices or 1)))
+    points = scaling.weak_scaling(load_config(args.config, RunConfig, args.overrides), found)
+    if args.json == "-":
+        print(json.dumps(scaling.as_json(points)))
+        return 0
+    print(scaling.markdown(f"{args.config}: {points[0].rows // found[0].chips or '<1'} rows a chip", points))
+    for name, known in scaling.published_scaling((1, 2, 4, 8, 16, 32)) if found[0].chip.name == "v5e" else ():
+        print("\n" + scaling.markdown(f"{name} on slices of v5e-256, beside what MaxText published", known))
+    return 0
+
+
+def _table(args: argparse.Namespace) -> int:
+    from bertgpt_jax.planning import report
+
+    trees: list[dict[str, Any]] = []
+    for name in args.table:
+        try:
+            read = json.loads(Path(name).read_text())
+            trees += read if isinstance(read, list) else [read]
+        except ValueError:
+            raise UsageError(f"--table '{name}' is no JSON; give what --json wrote") from None
+    plans = [(f"{tree['config']} {' '.join(tree.get('overrides', []))}".strip(), tree) for tree in trees]
+    print(report.markdown(plans))
+    if args.png:
+        report.draw(
+            [(f"{label.split()[0]}, {tree['chips']:,} {tree['topology']}", tree) for label, tree in plans],
+            Path(args.png),
+        )
+    return 0
+
+
 def _print_ranking(ranked: list, most: int = 10) -> None:
     print(f"{len(ranked)} layouts fit by the model; the fastest:")
     for candidate in ranked[:most]:
@@ -81,7 +133,7 @@ def _print_ranking(ranked: list, most: int = 10) -> None:
 def _show(args: argparse.Namespace, plan) -> None:
     from bertgpt_jax.planning import report
 
-    tree = report.as_json(plan) | {"config": args.config}
+    tree = {"config": args.config, "overrides": args.overrides} | report.as_json(plan)
     if args.json == "-":
         print(json.dumps(tree))
     else:

@@ -153,6 +153,37 @@ def _stage_json(plan: Plan, stage: StagePlan) -> dict[str, Any]:
     }
 
 
+def markdown(plans: list[tuple[str, dict[str, Any]]]) -> str:
+    """A table of plans, one row each; see `draw` for the argument."""
+    rows = [
+        "| run | place | mesh | batch, parts, remat | fits | GiB | model | compiled | step | MFU | binds | days |",
+        "|" + "---|" * 12,
+    ]
+    for label, tree in plans:
+        mesh = ", ".join(f"{axis} {size}" for axis, size in tree["mesh"].items() if size > 1) or "1"
+        slices = f"{tree['slices']} x " if tree["slices"] > 1 else ""
+        has, needs, model = (
+            n / GIB for n in (tree["hbm_bytes"], tree["bytes_per_device"], tree["bytes"]["model_total"])
+        )
+        seconds = tree["compile_seconds"]
+        cells = [
+            label,
+            f"{slices}{tree['topology']} ({tree['chips']:,} chips)",
+            mesh,
+            f"{tree['batch'][0]:,} x {tree['batch'][1]:,}, {tree['microbatches']}, {tree['remat']}",
+            "yes" if tree["fits"] else "**no**",
+            f"{needs:.1f} of {has:.1f}",
+            f"{model:.1f}",
+            "-" if seconds is None else f"{seconds:.0f} s",
+            f"{tree['predicted_step_seconds']:.3g} s",
+            f"{tree['predicted_mfu']:.1%}",
+            tree["binding"],
+            f"{tree['days']:.2f}",
+        ]
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
 def draw(plans: list[tuple[str, dict[str, Any]]], path: Path) -> None:
     """Bytes of each plan against the chip's memory, and where its step's time goes.
 
@@ -190,7 +221,7 @@ def draw(plans: list[tuple[str, dict[str, Any]]], path: Path) -> None:
     right.set_xlabel("share of the predicted step (collectives run beside computation)")
     left.invert_yaxis()
     for axes in (left, right):
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, ncol=5, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -47,6 +47,6 @@ def get_config() -> RunConfig:
             ),
         ),
         execution=ExecutionConfig(
-            compute=ComputeConfig(dtype="bfloat16", remat="full"), eval_every=500, save_every=200
+            compute=ComputeConfig(dtype="bfloat16", remat="dots"), eval_every=500, save_every=200
         ),
     )

@@ -58,7 +58,7 @@ def get_config() -> RunConfig:
         ),
         execution=ExecutionConfig(
             mesh=MeshConfig(data=1, fsdp=-1),
-            compute=ComputeConfig(dtype="bfloat16", remat="full"),
+            compute=ComputeConfig(dtype="bfloat16", remat="dots"),
             log_every=100,
             eval_every=2_000,
             eval_batches=50,

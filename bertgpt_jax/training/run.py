@@ -106,8 +106,6 @@ def train(
     program = setup.make_program(config, mesh)
 
     with status.acquire(workdir), PreemptionGuard() as guard:
-        if processes.is_primary():
-            write_description(workdir, config, identity, corpus)
         session = _Session(program, stages, corpus, workdir, identity, guard, from_step, initial)
         for path, (old, new) in changed.items():
             why = "added" if resume.is_added(path, (old, new)) else "changed by --allow-change"
@@ -152,6 +150,8 @@ class _Session:
     def run(self, begun: float) -> Finish:
         """Restores or initialises, trains, and writes how it ended."""
         state, meta = self._start_state()
+        if processes.is_primary():  # only now: a checkpoint that does not fit leaves the workdir as it was
+            write_description(self.workdir, self.program.config, self.identity, self.corpus)
         step, owed = (meta["step"], meta.get("owed")) if meta else (0, None)
         if owed and processes.on_primary(_has_row, self.workdir, step):
             owed = None  # an earlier resume has written it; the checkpoint is still the same

@@ -29,6 +29,7 @@ DISTRIBUTIONS = {
     "apache_beam": "apache-beam",
     "jaxlib": "jax",
     "pytest_timeout": "pytest-timeout",
+    "yaml": "pyyaml",
 }
 """Module to the distribution it comes in, where the two differ."""
 

@@ -47,25 +47,17 @@ class Corpus:
     def split_documents(self, split: str) -> list[tuple[int, int, int]]:
         """`(shard, lo, hi)` for each shard that has documents lo..hi of the split."""
         _check_split(split)
-        rows = []
-        for shard in range(self.num_shards):
-            middle, end = int(self.train_documents[shard]), int(self.documents[shard])
-            lo, hi = (0, middle) if split == "train" else (middle, end)
-            if hi > lo:
-                rows.append((shard, lo, hi))
-        return rows
+        if split == "train":
+            return _nonempty(np.zeros_like(self.documents), self.train_documents)
+        return _nonempty(self.train_documents, self.documents)
 
     def split_tokens(self, split: str) -> list[tuple[int, int, int]]:
         """`(shard, start, stop)` in global coordinates: each shard's tokens of the split, terminators included."""
         _check_split(split)
-        rows = []
-        for shard in range(self.num_shards):
-            base, end = int(self.token_base[shard]), int(self.token_base[shard + 1])
-            middle = base + int(self.train_tokens[shard])
-            start, stop = (base, middle) if split == "train" else (middle, end)
-            if stop > start:
-                rows.append((shard, start, stop))
-        return rows
+        middle = self.token_base[:-1] + self.train_tokens
+        if split == "train":
+            return _nonempty(self.token_base[:-1], middle)
+        return _nonempty(middle, self.token_base[1:])
 
     def special_mask(self) -> np.ndarray:
         """bool[vocab_size]: ids that are never masked and never drawn as a random replacement."""
@@ -96,6 +88,12 @@ class Corpus:
     def split_bytes(self, split: str) -> int:
         """UTF-8 bytes of text of a split, for bits per byte."""
         return sum(int(self.document_bytes(*row).sum()) for row in self.split_documents(split))
+
+
+def _nonempty(lo: np.ndarray, hi: np.ndarray) -> list[tuple[int, int, int]]:
+    """`(shard, lo, hi)` of the shards in which the range is not empty; there may be 100,000 of them."""
+    shards = np.flatnonzero(hi > lo)
+    return list(zip(shards.tolist(), lo[shards].tolist(), hi[shards].tolist(), strict=True))
 
 
 def _check_split(split: str) -> None:

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from bertgpt_jax.config import ADDED
 from bertgpt_jax.models.flops import stack_flops
+from bertgpt_jax.nn import sequence
 from bertgpt_jax.nn.blocks import BlockConfig, ComputeConfig, apply_layers, layer_stack
 from bertgpt_jax.nn.layers import Embedding, LayerNorm, constrain, dropout, dropout_key
 from bertgpt_jax.nn.masks import AttentionMask
@@ -102,7 +103,7 @@ class Gpt(nn.Module):
         """What the layers read, in the compute dtype."""
         dtype = jnp.dtype(self.compute.dtype)
         x_BTD = self.token_embedding(tokens_BT, dtype) + self.position_embedding(positions_BT, dtype)
-        arrange = self.compute.attention_choice().arrange
+        arrange = sequence.arranger(bool(self.compute.zigzag), "rows")
         x_BTD = dropout(x_BTD, self.config.hidden_dropout, dropout_key(self), arrange)
         return constrain(x_BTD, "rows", "length", "act_embed")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
@@ -51,15 +50,6 @@ class PathChoice(NamedTuple):
     platform: str = "cpu"
     form: Literal["auto"] | Form = "auto"
     zigzag: bool = False
-
-    @property
-    def arrange(self) -> Callable[[Array], Array] | None:
-        """What brings an array [B, T, ...] that is in the sequence's own order into the order in which it lies."""
-        return _arranged if self.zigzag else None
-
-
-def _arranged(x_BTX: Array) -> Array:
-    return sequence.to_zigzag(x_BTX, "batch", "length", *(None,) * (x_BTX.ndim - 2))
 
 
 REFERENCE = PathChoice()

@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from pydantic import Field, model_validator
 
 from bertgpt_jax.config import Config
+from bertgpt_jax.nn import sequence
 from bertgpt_jax.nn.attention import REFERENCE, KeyValues, PathChoice, dot_product_attention
 from bertgpt_jax.nn.layers import Einsum, Initializer, LayerNorm, activation, constrain, dropout, dropout_key
 from bertgpt_jax.nn.masks import AttentionMask
@@ -194,7 +195,7 @@ class Block(nn.Module):
         feed_forward_norm = LayerNorm(c.hidden_size, c.norm_eps, name="feed_forward_norm")
 
         def residual(x: Hidden, y: Hidden) -> Hidden:
-            dropped = dropout(y, c.hidden_dropout, dropout_key(self), self.choice.arrange)
+            dropped = dropout(y, c.hidden_dropout, dropout_key(self), sequence.arranger(self.choice.zigzag))
             return constrain(x + dropped, "batch", "length", "act_embed")
 
         if c.norm_position == "pre":

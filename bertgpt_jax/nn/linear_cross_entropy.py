@@ -57,7 +57,7 @@ def linear_cross_entropy(
 
     On a mesh, rows, positions and vocabulary are split as the logical axes `batch`, `length` and `act_vocab` say: each
     device computes its positions' logits for its part of the vocabulary, and the table's gradient is summed over
-    positions once, at the end.
+    positions once, at the end. Where the shards of `length` do not divide T, each of them computes all positions.
 
     Args:
         table_VD, bias_V: fp32 parameters; products are in x's dtype, log-sum-exp and sums in fp32.
@@ -87,10 +87,13 @@ def linear_cross_entropy(
     if table_VD.shape[0] % shards:
         raise ConfigError(f"a vocabulary of {table_VD.shape[0]} rows is not divisible by mesh {vocab} = {shards}")
     lies = sequence.split()
+    if length % lies.shards:  # a few masked positions: every shard of the sequence computes them all
+        lies = sequence.WHOLE
     if chunk % lies.shards:
+        fitting = [n for n in range(lies.shards, length + 1, lies.shards) if length % n == 0]
         raise ConfigError(
             f"head chunk {chunk} is not divisible by mesh {lies.axes} = {lies.shards}, over which it spreads; "
-            f"use {-(-chunk // lies.shards) * lies.shards}"
+            f"use one of {fitting}"
         )
     settings = _Settings(chunk // lies.shards, z_loss, label_smoothing, rows, vocab, lies.axes)
     return HeadLoss(*_weighted_loss(settings, mesh, x_BTD, table_VD, bias_V, labels_BT, weights_BT))

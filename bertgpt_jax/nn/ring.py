@@ -210,6 +210,17 @@ def _where_needed(wanted: Array | bool, more: Callable, state: Any) -> Any:
     return more(state) if wanted is True else jax.lax.cond(wanted, more, lambda same: same, state)
 
 
+def _loop(start: int, stop: int, body: Callable, state: Any) -> Any:
+    """body(step, state) for each step, as a `while`.
+
+    Of a scan, jax would compute ahead, and keep for the layers of a model, all that depends on no operand: the masks.
+    """
+    after = jax.lax.while_loop(
+        lambda carry: carry[0] < stop, lambda carry: (carry[0] + 1, body(*carry)), (jnp.int32(start), state)
+    )
+    return after[1]
+
+
 def _local_forward(s: _Settings, q_BTNH: Array, k_BSNH: Array, v_BSNH: Array, segments: tuple | None):
     """What one device computes: its queries' outputs [B, T/n, N, H] and log-sum-exps [B, N, T/n]."""
     queries = _queries(s, q_BTNH, segments)
@@ -224,17 +235,17 @@ def _local_forward(s: _Settings, q_BTNH: Array, k_BSNH: Array, v_BSNH: Array, se
 
         return jax.lax.scan(one, None, (queries, seen))[1]
 
-    def one_step(carry: tuple, step: Array) -> tuple[tuple, None]:
+    def one_step(step: Array, carry: tuple) -> tuple:
         seen, block = carry
         following = _send(s, block)  # does not wait for what is computed of the present block
-        return (see_block(seen, block, step), following), None
+        return see_block(seen, block, step), following
 
     shape = queries.q.shape
     nothing = _Softmax(
         jnp.full(shape[:-1], MASKED, jnp.float32), jnp.zeros(shape[:-1], jnp.float32), jnp.zeros(shape, jnp.float32)
     )
-    (seen, block), _ = jax.lax.scan(one_step, (nothing, block), jnp.arange(s.shards - 1))
-    seen = see_block(seen, block, jnp.int32(s.shards - 1))
+    seen, block = _loop(0, s.shards - 1, one_step, (nothing, block))
+    seen = _loop(s.shards - 1, s.shards, lambda step, seen: see_block(seen, block, step), seen)
     total = jnp.where(seen.total > 0, seen.total, 1.0)
     out_BNTH = _whole(seen.mixed / total[..., None]).astype(q_BTNH.dtype)
     return out_BNTH.swapaxes(1, 2), _whole(seen.largest + jnp.log(total))

@@ -7,6 +7,7 @@ work (Grattafiori et al. 2024, section 3.3.2). Nothing else than attention and d
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -78,6 +79,15 @@ def to_zigzag(x: Array, *axes: str | None) -> Array:
 
     spec = nn.logical_to_mesh_axes(axes)
     return jax.shard_map(exchange, in_specs=spec, out_specs=spec, check_vma=False)(x)
+
+
+def arranger(zigzag: bool, rows: str = "batch") -> Callable[[Array], Array] | None:
+    """What brings an array [B, T, ...] out of the sequence's own order into that in which it lies; None: nothing does.
+
+    Args:
+        rows: logical name of its rows.
+    """
+    return (lambda x: to_zigzag(x, rows, "length", *(None,) * (x.ndim - 2))) if zigzag else None
 
 
 def gathered(x: Array, lies: Split, zigzag: bool) -> Array:

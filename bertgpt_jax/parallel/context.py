@@ -3,11 +3,10 @@ attention gives every device the same work."""
 
 from __future__ import annotations
 
-import jax
 from jax.sharding import Mesh
 
 from bertgpt_jax.errors import ConfigError
-from bertgpt_jax.nn.sequence import to_zigzag
+from bertgpt_jax.nn.sequence import arranger
 from bertgpt_jax.parallel.sharding import SEQUENCE
 from bertgpt_jax.shapes import Array
 
@@ -48,12 +47,8 @@ def arranged(batch: dict[str, Array], zigzag: bool) -> dict[str, Array]:
 
     What has no sequence dimension stays as it is: causal models are asked about places in rows by nobody else.
     """
-    if not zigzag:
+    arrange, length = arranger(zigzag, "rows"), batch["tokens"].shape[1]
+    if arrange is None:
         return batch
-    length = batch["tokens"].shape[1]
-
-    def arrange(array: jax.Array) -> jax.Array:
-        along = array.ndim > 1 and array.shape[1] == length
-        return to_zigzag(array, "rows", "length", *(None,) * (array.ndim - 2)) if along else array
-
-    return {name: arrange(array) for name, array in batch.items()}
+    along = {name for name, array in batch.items() if array.ndim > 1 and array.shape[1] == length}
+    return {name: arrange(array) if name in along else array for name, array in batch.items()}

@@ -162,10 +162,12 @@ def make_program(config: RunConfig, mesh: Mesh) -> Program:
     model = make_model(config.model, compute, pipeline_on(config, mesh))
     first = config.stages[0]
     rows = config.objective.abstract_batch(1, first.sequence_length)
+    # What a kernel would prepare for a long sequence takes minutes, and parameters do not depend on it.
+    plain = make_model(config.model, build(ComputeConfig, compute.model_dump() | {"attention": "reference"}, "compute"))
 
     def init_params() -> PyTree:
         batch = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), rows)
-        return model.init(jax.random.key(config.seed), *config.objective.model_inputs(batch))["params"]
+        return plain.init(jax.random.key(config.seed), *config.objective.model_inputs(batch))["params"]
 
     def init() -> PyTree:
         return init_state(sharding.unboxed(init_params()), first.optimizer.build())

@@ -159,8 +159,14 @@ def test_a_ring_never_holds_all_keys(form: str) -> None:
     q, k, v, g = inputs(rows=1, length=16 * 7, heads=3, width=5)
     choice = PathChoice(form=form)
 
+    @jax.checkpoint
+    def layer(q, k, v):
+        return dot_product_attention(q, k, v, masks()["causal"], choice=choice)
+
     def loss(q, k, v, g):
-        return jnp.sum(dot_product_attention(q, k, v, masks()["causal"], choice=choice) * g)
+        """Two layers in a loop, recomputed: what is kept for all of them is in the program too."""
+        q = jax.lax.scan(lambda q, _: (layer(q, k, v), None), q, None, length=2)[0]
+        return jnp.sum(q * g)
 
     with mesh_of(8):
         lies = jax.sharding.PartitionSpec(None, "s")
@@ -169,7 +175,7 @@ def test_a_ring_never_holds_all_keys(form: str) -> None:
     whole = {shape for shape in found if 112 in shape}
     assert any(14 in shape for shape in found), "a shard's keys"
     assert bool(whole) == (form == "all_gather"), whole
-    assert max(np.prod(shape) for shape in found) < 2 * 14 * 14 * 3 * 8 or form == "all_gather"
+    assert max(np.prod(shape) for shape in found) <= 2 * 14 * 14 * 3 or form == "all_gather", "no more than two tiles"
 
 
 @pytest.mark.parametrize("name", ["causal", "segments", "causal window"])

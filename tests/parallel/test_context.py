@@ -107,6 +107,9 @@ SEVERAL = [
     dict(fsdp=2, context=2, tensor=2),
     dict(data=2, fsdp=2, context=2),
     dict(context=4, tensor=2),
+    dict(pipe=2, context=2),
+    dict(pipe=2, context=2, tensor=2),
+    dict(data=2, pipe=2, context=2),
 ]
 
 
@@ -137,7 +140,7 @@ def test_steps_on_all_meshes_equal_one_devices(kind: str, mesh: dict[str, int]) 
         ("packed gpt", dict(context_attention="ring", remat="full", head_chunk=8)),
         ("packed gpt", dict(attention_dropout=0.1)),
         ("bert", dict(context_attention="all_gather")),
-        ("bert", dict(attention_dropout=0.1, head_chunk=4)),
+        ("bert", dict(attention_dropout=0.1, head_chunk=5)),
     ],
     ids=str,
 )
@@ -181,7 +184,7 @@ def test_refusals(kind: str, mesh: dict, compute: dict, message: str) -> None:
             ["'cudnn' cannot serve", "splits the sequence into 2"],
         ),
         (dict(attention="splash", platform="tpu"), ["'splash' cannot serve", "not multiples of 128"]),
-        (dict(head_chunk=1), ["head chunk 1", "= 2", "use 2"]),
+        (dict(head_chunk=1), ["head chunk 1", "= 2", "use one of [2, 4, 8, 16, 32]"]),
     ],
     ids=str,
 )

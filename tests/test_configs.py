@@ -14,6 +14,9 @@ import pytest
 from bertgpt_jax.commands import train
 from bertgpt_jax.config import load_config, shipped_configs
 from bertgpt_jax.parallel.mesh import MeshConfig, make_mesh
+from bertgpt_jax.planning.places import parse
+from bertgpt_jax.planning.plan import make_plan, prepare
+from bertgpt_jax.planning.report import as_json
 from bertgpt_jax.training import dry_run, setup
 from bertgpt_jax.training.run_config import RunConfig, with_steps, with_vocabulary
 
@@ -68,6 +71,27 @@ def test_docstring(name: str, repository: Path) -> None:
     assert words[:2] == ["python", "tools/train.py"] and words[2] == f"configs/{name}.py"
     assert (repository / words[2]).samefile(shipped_configs()[name])
     assert ("corpus.path=" in fields["Command"]) == (load_config(name, RunConfig).corpus.path == "")
+
+
+PLANNED = [name for name in NAMES if "\nPlan: " in docstring(name)]
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_the_plan_that_a_config_names(name: str) -> None:
+    """Its place, bytes, utilisation and days are what the planner says of it today, within the models' own error."""
+    verdict = r"^Plan: +(\S+) fits: ([\d.]+) of ([\d.]+) GiB a chip \(.*\), MFU (\d+)%, ([\d.]+) days predicted$"
+    topology, needs, has, mfu, days = re.search(verdict, docstring(name), re.MULTILINE).groups()
+    prepared = prepare(load_config(name, RunConfig), parse(topology))
+    plan = as_json(make_plan(prepared, compiling=False))
+    assert plan["fits"] and f"planned here for {topology}" in docstring(name)
+    assert plan["hbm_bytes"] / 2**30 == pytest.approx(float(has), abs=0.01)
+    assert plan["bytes_per_device"] / 2**30 == pytest.approx(float(needs), rel=0.10)
+    assert plan["predicted_mfu"] * 100 == pytest.approx(float(mfu), abs=3)
+    assert plan["days"] == pytest.approx(float(days), rel=0.10, abs=0.05)
+
+
+def test_what_is_planned_for_pods_says_so() -> None:
+    assert {name for name in NAMES if name.startswith("gpt3/")} | {"bert/large_pod"} == set(PLANNED)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -19,6 +19,11 @@ from bertgpt_jax.parallel.sharding import flatten
 from bertgpt_jax.planning.work import Shards, Work, pipeline_parts
 from bertgpt_jax.shapes import PyTree
 
+SCRATCH = 2**28
+"""Bytes that every compiled program took beside what is counted here."""
+LOGIT_BYTES = 7
+"""Bytes a logit: it and its gradient in bf16, and most of its exponential in fp32."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
@@ -115,10 +120,10 @@ def working_bytes(work: Work, shards: Shards) -> int:
     d, w, n = work.width, work.width_bytes, positions(work, shards)
     table = work.vocabulary * d / shards.tensor
     scored = n * work.scored * ((work.head_chunk or work.length) / work.length if work.scored == 1 else 1.0)
-    head = scored * work.vocabulary / shards.tensor * (2 * w + 4) + 2 * table * w
+    head = scored * work.vocabulary / shards.tensor * LOGIT_BYTES / 2 * w + 2 * table * w
     layer_weights = work.layer_weights / shards.tensor * w
     inner = (3 * work.feed_forward + 6 * work.heads * work.head_size) / shards.tensor
     scores = 0.0 if work.fused_attention else 8 * work.length * work.heads / shards.tensor
     layer = n * ((6 * d + inner) * w + scores) + 2 * layer_weights
     lookup = work.vocabulary * d * w  # gathered whole before the lookup
-    return int(max(head, layer) + lookup)
+    return int(max(head, layer) + lookup) + SCRATCH

@@ -6,7 +6,7 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from bertgpt_jax.commands.common import add_platform, command_parser, run_command, select_platform
+from bertgpt_jax.commands.common import add_platform, check_platform, command_parser, run_command, select_platform
 from bertgpt_jax.errors import UsageError
 
 EPILOG = """\
@@ -41,6 +41,7 @@ def _export(args: argparse.Namespace) -> int:
         raise UsageError(f"--proof-layers {args.proof_layers}: must be at least 1")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     select_platform(args.platform)
+    check_platform(args.platform)
     from bertgpt_jax.transfer.load import open_source
     from bertgpt_jax.transfer.target import parse_size
 

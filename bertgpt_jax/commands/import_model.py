@@ -6,7 +6,7 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from bertgpt_jax.commands.common import add_platform, command_parser, run_command, select_platform
+from bertgpt_jax.commands.common import add_platform, check_platform, command_parser, run_command, select_platform
 from bertgpt_jax.errors import UsageError
 
 EPILOG = """\
@@ -35,6 +35,7 @@ def _import(args: argparse.Namespace) -> int:
         raise UsageError("--tokenizer and --no-tokenizer contradict each other; give one")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     select_platform(args.platform)
+    check_platform(args.platform)
     from bertgpt_jax.transfer.import_model import import_model, open_foreign, with_other_tokenizer
 
     source = open_foreign(args.source, with_tokenizer=not (args.no_tokenizer or args.tokenizer))

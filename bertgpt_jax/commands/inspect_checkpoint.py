@@ -6,7 +6,7 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from bertgpt_jax.commands.common import add_platform, command_parser, run_command, select_platform
+from bertgpt_jax.commands.common import add_platform, check_platform, command_parser, run_command, select_platform
 from bertgpt_jax.errors import UsageError
 
 EPILOG = """\
@@ -38,7 +38,9 @@ def _inspect(args: argparse.Namespace) -> int:
     if args.diff and args.convert:
         raise UsageError("--diff and --convert are two things to do; give one")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    select_platform("cpu" if args.platform == "auto" else args.platform)
+    platform = "cpu" if args.platform == "auto" else args.platform  # it reads, and computes little
+    select_platform(platform)
+    check_platform(platform)
     from bertgpt_jax.transfer import inspect, npz
     from bertgpt_jax.transfer.load import open_source
 

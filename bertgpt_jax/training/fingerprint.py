@@ -9,6 +9,7 @@ always changes the sum, and it is not linear in the bits, so that changes of man
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,6 +18,8 @@ import numpy as np
 from jaxtyping import Array, UInt32
 
 from bertgpt_jax.parallel.sharding import flatten
+
+_SLAB_BYTES = 16 << 20
 
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
 
@@ -28,8 +31,12 @@ def _mix(x: Array) -> Array:
     return x ^ (x >> 16)
 
 
-def leaf_fingerprint(x: Array) -> UInt32[Array, ""]:
-    """The fingerprint of one array of any dtype and shape, as a uint32 scalar; traceable."""
+def leaf_fingerprint(x: Array, first: Array | int = 0) -> UInt32[Array, ""]:
+    """The fingerprint of one array of any dtype and shape, as a uint32 scalar; traceable.
+
+    Args:
+        first: the row of a whole array at which `x`, a part of it, begins; its parts' fingerprints add up (mod 2^32).
+    """
     x = jnp.asarray(x)
     if x.dtype == jnp.bool_ or jnp.issubdtype(x.dtype, jnp.integer) and x.dtype.itemsize == 1:
         x = x.astype(jnp.uint8)  # also 4-bit integers, which have no bitcast
@@ -39,6 +46,7 @@ def leaf_fingerprint(x: Array) -> UInt32[Array, ""]:
     position = jnp.zeros(bits.shape, jnp.uint32)
     for axis in range(bits.ndim):
         index = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+        index = index if axis else index + jnp.asarray(first, jnp.uint32)
         position = position * jnp.uint32(1000003) + index
     salt = (position + jnp.uint32(1)) * jnp.uint32(0x9E3779B1)
     return jnp.sum(_mix(_mix(bits ^ salt) + salt), dtype=jnp.uint32)
@@ -53,10 +61,30 @@ def fingerprint_vector(tree: Any) -> UInt32[Array, " leaves"]:
 _fingerprint_on_device = jax.jit(fingerprint_vector)
 
 
+@partial(jax.jit, static_argnums=2)
+def _slab_fingerprint(x: Array, first: Array, rows: int) -> UInt32[Array, ""]:
+    return leaf_fingerprint(jax.lax.dynamic_slice_in_dim(x, first, rows), first)
+
+
+def _in_slabs(x: jax.Array) -> int:
+    """`leaf_fingerprint` of a large array on one device: mixed all at once, its bits take its memory twice more."""
+    rows = max(_SLAB_BYTES * len(x) // x.nbytes, 1)
+    begins = range(0, len(x), rows)
+    return sum(int(_slab_fingerprint(x, np.int32(i), min(rows, len(x) - i))) for i in begins) % 2**32
+
+
 def fingerprint_tree(tree: Any) -> dict[str, int]:
     """Path to fingerprint of every leaf. With several processes, all of them must call this."""
-    values = np.asarray(jax.device_get(_fingerprint_on_device(tree)))
-    return {path: int(value) for path, value in zip(flatten(tree), values, strict=True)}
+    flat = flatten(tree)
+    large = {
+        path for path, x in flat.items()
+        if isinstance(x, jax.Array) and x.nbytes > _SLAB_BYTES and len(x.sharding.device_set) == 1
+    }  # fmt: skip
+    found = {path: _in_slabs(flat[path]) for path in large}
+    rest = {path: x for path, x in flat.items() if path not in large}
+    values = np.asarray(jax.device_get(_fingerprint_on_device(list(rest.values()))))
+    found |= {path: int(value) for path, value in zip(rest, values, strict=True)}
+    return {path: found[path] for path in flat}
 
 
 def combine(fingerprints: dict[str, int], leaves: dict[str, tuple[str, tuple[int, ...]]]) -> str:

@@ -42,7 +42,7 @@ def export_hf(
         dtype: of the tensors, `float32` or `bfloat16`.
         shard_bytes: tensors in a file, at most.
         reference: what the outputs are compared with.
-        layers: how many layers of the outputs are compared; None: as many as the memory holds.
+        layers: how many layers of the outputs are compared, at most; None: as many as the memory holds.
         licence: for the model card.
 
     Raises:
@@ -66,7 +66,8 @@ def export_hf(
         if config.kind == "gpt":
             write_json(work / "generation_config.json", _generation(special))
         write_json(work / "training_args.json", _training_args(source))
-        proof = prove(source, family, rows, work, dtype, kind, layers or layers_in_memory(source, kind))
+        compared = min(layers or layers_in_memory(source, kind), config.num_layers)
+        proof = prove(source, family, rows, work, dtype, kind, compared)
         write_json(work / PROOF, proof)
         card = model_card(source, tree, proof, licence, _notes(source))
         (work / "README.md").write_text(card, "utf-8")

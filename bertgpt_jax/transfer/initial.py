@@ -68,7 +68,6 @@ def resolve(config: RunConfig, workdir_text: str) -> tuple[RunConfig, Initial | 
             f"init_from '{config.init_from}' is a {source.model_config.kind}, the config trains a {config.model.kind}; "
             f"use configs/continue/{'bert' if source.model_config.kind == 'bert' else 'gpt2'}.py"
         )
-    corpus, rows = _with_tokenizer(config, source, cache_root(workdir))
     kept = {name: value for name, value in config.model.model_dump(mode="json").items() if name in KEPT}
     model = source.model_config.model_dump(mode="json") | kept
     longer = config.extend.max_positions or model["max_positions"]
@@ -77,6 +76,7 @@ def resolve(config: RunConfig, workdir_text: str) -> tuple[RunConfig, Initial | 
             f"extend.max_positions {longer} is below the {model['max_positions']} of '{config.init_from}'; "
             "a position table is never cut"
         )
+    corpus, rows = _with_tokenizer(config, source, cache_root(workdir))
     model |= {"max_positions": longer, "vocab_size": rows}
     config = with_changes(config, {"model": model, "corpus": corpus})
     return config, Initial(source.label, lambda fresh: overlay(source, fresh))

@@ -15,6 +15,7 @@ from bertgpt_jax.training import resume, storage
 from bertgpt_jax.transfer.hf_directory import open_directory
 from bertgpt_jax.transfer.npz import ARRAYS, open_npz
 from bertgpt_jax.transfer.source import ModelConfig, Source, nested
+from bertgpt_jax.transfer.tensors import read_json
 from bertgpt_jax.transfer.workdir import open_workdir
 
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
@@ -70,6 +71,7 @@ def is_workdir(path: str) -> bool:
 
     Raises:
         ConfigError: it is neither; for a name of the hub, with the command that downloads it.
+        DataError: its config.json is damaged.
     """
     workdir = storage.workdir_path(path) if Path(path).expanduser().is_dir() or "://" in path else None
     if workdir is None or not storage.is_directory(workdir):
@@ -77,8 +79,11 @@ def is_workdir(path: str) -> bool:
     tree = storage.read_json(workdir / resume.CONFIG_FILE)
     if isinstance(tree, dict) and "stages" in tree:
         return True
-    plain = storage.is_local(workdir) and storage.exists(workdir / ARRAYS)
-    if not plain and not (storage.is_local(workdir) and isinstance(tree, dict) and "model_type" in tree):
+    local = storage.is_local(workdir)
+    plain = local and storage.exists(workdir / ARRAYS)
+    if tree is None and local and storage.exists(workdir / resume.CONFIG_FILE):
+        read_json(Path(workdir / resume.CONFIG_FILE))  # says what is wrong with it
+    if not plain and not (local and isinstance(tree, dict) and "model_type" in tree):
         raise ConfigError(
             f"'{path}' is neither the workdir of a run nor a Hugging Face directory: its {resume.CONFIG_FILE} is "
             + ("missing" if tree is None else "of neither")

@@ -11,7 +11,8 @@ Rows of that list that have no place here:
     49 all-padding rows have weight 0: tests/batches/test_dataset.py;
     50 (fine-tuning labels), 51 for tab-separated files, 53's record count: no such input yet;
     52's other sequence length: a store holds no rows, so it has none;
-    61-76: checkpoints, runtime and cluster, in tests/training, tests/parallel and the other files here.
+    61-71: models that leave and come in: test_bad_models.py, as is 71; 62 and 65 in tests/training and test_kill.py;
+    72-76: runtime and cluster, in tests/training, tests/parallel and the other files here.
 """
 
 from __future__ import annotations
@@ -202,6 +203,11 @@ ROWS = [
     (60, "tokenizer", ["decode", "@corpus", "5", "256"], DATA, ["id 256", "0..255"]),
     (60, "tokenizer", ["decode", "@corpus", "-1"], DATA, ["id -1", "0..255"]),
     (60, "tokenizer", ["decode", "@corpus", "five"], USAGE, ["'five'", "integers"]),
+    # ------------------------------------------------ checkpoints that do not fit (62's cast: tests/training)
+    (61, "run", ["model.intermediate_size=48", f"stages=[{STAGE}]", "--allow-change", "model", "--workdir", "@trained"],
+     CONFIG, ["step 2 ", "leaves differ", "up/kernel: float32[2,32,64] saved, float32[2,32,48] wanted"]),
+    (64, "run", [f"stages=[{STAGE}]", "stages.0.optimizer.kind=lion", "--allow-change", "stages", "--workdir",
+                 "@trained"], CONFIG, ["step 2 ", "only the optimizer differs"]),
     # ------------------------------------------------ the other commands
     (27, "evaluate", ["@/empty_directory"], CONFIG, ["empty_directory", "neither the workdir of a run"]),
     (27, "evaluate", ["@trained", "--which", "7"], CONFIG, ["no checkpoint of step 7", "available: 2"]),

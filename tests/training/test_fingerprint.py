@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from bertgpt_jax.training import fingerprint
 from bertgpt_jax.training.fingerprint import combine, describe_leaves, fingerprint_tree, flatten, state_fingerprint
 
 
@@ -42,6 +43,21 @@ def test_equals_the_definition(dtype: str, shape: tuple[int, ...]) -> None:
     bits = np.random.default_rng(0).integers(0, 256, (*shape, jnp.dtype(dtype).itemsize), np.uint8)
     x = bits.view(jnp.dtype(dtype)).reshape(shape)
     assert fingerprint_tree({"x": jnp.asarray(x)}) == {"x": _numpy_fingerprint(x)}
+
+
+@pytest.mark.parametrize("shape", [(37,), (37, 5), (3, 40, 2)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_large_array_in_slabs(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], dtype: str) -> None:
+    """As many rows at a time as fit, the last slab shorter, a row larger than a slab alone."""
+    x = np.random.default_rng(3).standard_normal(shape).astype(jnp.dtype(dtype))
+    calls = []
+    slab = fingerprint._slab_fingerprint
+    monkeypatch.setattr(fingerprint, "_SLAB_BYTES", 100)
+    monkeypatch.setattr(fingerprint, "_slab_fingerprint", lambda *args: calls.append(args) or slab(*args))
+    found = fingerprint_tree({"b": {"x": jnp.asarray(x), "y": jnp.zeros(3)}, "b-a": jnp.ones(2)})
+    whole = np.asarray(jax.jit(fingerprint.fingerprint_vector)([jnp.asarray(x), jnp.zeros(3), jnp.ones(2)]))
+    assert list(found.values()) == whole.tolist() and list(found) == ["b/x", "b/y", "b-a"]
+    assert (len(calls) > 1) == (x.nbytes > 100)
 
 
 def test_every_mesh_gives_the_same() -> None:

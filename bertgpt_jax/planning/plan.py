@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+from jax.sharding import AbstractMesh
 
 from bertgpt_jax.config import build
 from bertgpt_jax.errors import ConfigError
+from bertgpt_jax.parallel import context
 from bertgpt_jax.parallel.mesh import AXES, MeshConfig, make_mesh
 from bertgpt_jax.planning.compiled import Compiled, compile_step
 from bertgpt_jax.planning.memory import Memory, memory
@@ -18,7 +20,7 @@ from bertgpt_jax.planning.roofline import StepTime, sent_bytes, step_time
 from bertgpt_jax.planning.work import Shards, Work, work_of
 from bertgpt_jax.training.ahead import ASSUMED_ROWS, assume_vocabulary
 from bertgpt_jax.training.run_config import RunConfig, StageConfig, with_changes, with_steps
-from bertgpt_jax.training.setup import Program, make_program, stage_state
+from bertgpt_jax.training.setup import Program, check_batches, make_program, stage_state
 
 DAY = 86_400
 
@@ -181,7 +183,17 @@ def prepare(config: RunConfig, place: Place, mesh: MeshConfig | None = None) -> 
         )
     config, more = _rounded(config, Shards.of(sizes))
     config = with_steps(config, [lambda length: ASSUMED_ROWS] * len(config.stages))
+    _check(config, sizes)
     return Prepared(config, place, sizes, _on_one_device(config, place), (*notes, *more))
+
+
+def _check(config: RunConfig, sizes: Mapping[str, int]) -> None:
+    """ConfigError for what the trainer would refuse on a mesh of these sizes: rows, layers by stages, sequences."""
+    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    check_batches(config, mesh)
+    zigzag = context.in_zigzag(config.execution.compute.zigzag, config.objective.kind == "causal_lm", mesh)
+    for stage in config.stages:
+        context.check_length(stage.sequence_length, zigzag, mesh, f"stages.{stage.name}.sequence_length")
 
 
 def _with_execution(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:

@@ -94,12 +94,22 @@ def test_bytes_of_the_state_are_those_of_the_shardings(mesh: str) -> None:
         ("fsd=4", ["--mesh 'fsd=4'", "data, fsdp, pipe, context, tensor"]),
         ("fsdp=x", ["--mesh", "fsdp", "'x'"]),
         ("", ["axes are"]),
+        ("pipe=4", ["num_layers 2", "mesh.pipe = 4"]),
+        ("context=3", ["does not multiply to 16"]),
     ],
 )
 def test_meshes_that_do_not_fit(mesh: str, shown: list[str]) -> None:
     with pytest.raises(ConfigError) as raised:
         prepare(run_config(), places.parse("v5e:4x4"), parse_mesh(mesh))
     assert [part for part in shown if part not in str(raised.value)] == [], raised.value
+
+
+def test_sequences_and_heads_that_the_mesh_does_not_divide() -> None:
+    with pytest.raises(ConfigError, match=r"sequence_length 64 is not divisible by .*context.* = 128"):
+        prepare(run_config(), places.parse("v5e:8x8"), parse_mesh("data=1,context=64"))
+    prepared = prepare(run_config(), places.parse("v5e:2x4"), parse_mesh("data=1,tensor=8"))
+    with pytest.raises(ConfigError, match="size 4 of dimension . is not divisible by tensor = 8"):
+        make_plan(prepared, compiling=False)
 
 
 def test_slices_need_replicas() -> None:

@@ -25,6 +25,7 @@ def cross_entropy(logits: Array, labels: Array, z_loss: float = 0.0, label_smoot
     return _forward(logits, labels, z_loss, label_smoothing)[0]
 
 
+@jax.named_scope("cross_entropy")
 def _forward(logits: Array, labels: Array, z_loss: float, label_smoothing: float) -> tuple[Array, tuple]:
     high = jax.lax.stop_gradient(jnp.max(logits, -1, keepdims=True)).astype(jnp.float32)
     total = jnp.sum(jnp.exp(logits.astype(jnp.float32) - high), -1)
@@ -39,6 +40,7 @@ def _forward(logits: Array, labels: Array, z_loss: float, label_smoothing: float
     return loss, (logits, labels, log_normalizer)
 
 
+@jax.named_scope("cross_entropy")
 def _backward(z_loss: float, label_smoothing: float, saved: tuple, dloss: Array) -> tuple[Array, np.ndarray]:
     logits, labels, log_normalizer = saved
     probability = jnp.exp(logits.astype(jnp.float32) - log_normalizer[..., None])

@@ -21,6 +21,7 @@ from bertgpt_jax.training.clock import Clock
 from bertgpt_jax.training.exports import Exports
 from bertgpt_jax.training.guards import PreemptionGuard
 from bertgpt_jax.training.metrics import MetricWriter
+from bertgpt_jax.training.profiling import Profiler
 from bertgpt_jax.training.setup import Program, Stage, enter_stage
 
 
@@ -63,14 +64,16 @@ class Loop:
         self._pending: dict[str, Any] | None = owed  # metrics of the step that brought us to `self.step`
         self._evaluation: dict[str, float] = {}
         self._clock = Clock(stages[-1].stop)
+        self._profiler = Profiler(self._execution.profile, checkpoints.workdir, writer.say)
         self.exports = Exports(self._execution.export, checkpoints)
 
     def run(self) -> None:
         """Until the last stage ends or the run is asked to stop."""
-        for stage, compiled in zip(self.stages, self.compiled, strict=True):
-            owes = self.step == stage.stop and self._pending is not None  # stopped before its last evaluation
-            if (self.step < stage.stop or owes) and not self.stopped:
-                self._run_stage(stage, *compiled)
+        with self._profiler:
+            for stage, compiled in zip(self.stages, self.compiled, strict=True):
+                owes = self.step == stage.stop and self._pending is not None  # stopped before its last evaluation
+                if (self.step < stage.stop or owes) and not self.stopped:
+                    self._run_stage(stage, *compiled)
 
     def _run_stage(self, stage: Stage, train_steps: dict[int, Callable], eval_step: Callable) -> None:
         if self.step == stage.start > 0:
@@ -98,11 +101,15 @@ class Loop:
                 batches.close()
                 return
             # ------------------------------------------------ batch(n)
+            self._profiler.before(self.step + 1)
+            before, segment = self._pending, stage.segment(self.step)
             with self._clock.waiting_for_data():
                 batch = next(batches)
             # ------------------------------------------------ step
-            before, segment = self._pending, stage.segment(self.step)
-            self.state, self._pending = train_steps[stage.train.ramp.index(self.step - stage.start)](self.state, batch)
+            step = train_steps[stage.train.ramp.index(self.step - stage.start)]
+            with jax.transfer_guard("disallow_explicit"):  # a copy to or from the device would wait for it
+                self.state, self._pending = step(self.state, batch)
+            self._profiler.after(self.step + 1, self._pending)
             # ------------------------------------------------ log step n-1 while n runs
             if before is not None and self.step % self._execution.log_every == 0:
                 self._log(stage, before)

@@ -17,8 +17,9 @@ from bertgpt_jax.parallel import distributed
 from bertgpt_jax.parallel.mesh import make_mesh
 from bertgpt_jax.parallel.sharding import bytes_per_device
 from bertgpt_jax.shapes import PyTree
-from bertgpt_jax.training import exports, processes, resume, setup, status, storage
-from bertgpt_jax.training.checkpoint import Checkpoints, read_meta
+from bertgpt_jax.training import exports, memory, processes, resume, setup, status, storage
+from bertgpt_jax.training.checkpoint import Checkpoints, list_steps, read_meta
+from bertgpt_jax.training.compilation import Compiler
 from bertgpt_jax.training.data import check_enough
 from bertgpt_jax.training.facts import shared_facts
 from bertgpt_jax.training.fingerprint import state_fingerprint
@@ -94,23 +95,26 @@ def train(
     processes.on_primary(resume.check_identity, workdir, {"config": resume.identity(config)}, allow_change, from_step)
     use_compilation_cache(config, workdir)
 
-    corpus = open_run_corpus(config, workdir)
-    config = with_vocabulary(config, corpus.vocab_size)
-    datasets = setup.make_datasets(config, corpus, cache_root(workdir), debug)
-    config = with_steps(config, [train.rows_per_epoch for train, _ in datasets])
-    stages = setup.make_stages(config, datasets)
-    check_enough(config.corpus, [stage.train for stage in stages], [stage.config.steps for stage in stages])
-    identity = resume.run_identity(config, corpus.fingerprint, corpus.tokenizer.sha256)
-    distributed.agree(identity)
-    changed = processes.on_primary(resume.check_identity, workdir, identity, allow_change, from_step)
-    program = setup.make_program(config, mesh)
+    with Compiler(mesh, processes.on_primary(_expected_step, workdir) if from_step is None else from_step) as compiler:
+        compiler.start(config)
+        corpus = open_run_corpus(config, workdir)
+        config = with_vocabulary(config, corpus.vocab_size)
+        compiler.start(config)
+        datasets = setup.make_datasets(config, corpus, cache_root(workdir), debug)
+        config = with_steps(config, [train.rows_per_epoch for train, _ in datasets])
+        stages = setup.make_stages(config, datasets)
+        check_enough(config.corpus, [stage.train for stage in stages], [stage.config.steps for stage in stages])
+        identity = resume.run_identity(config, corpus.fingerprint, corpus.tokenizer.sha256)
+        distributed.agree(identity)
+        changed = processes.on_primary(resume.check_identity, workdir, identity, allow_change, from_step)
+        compiler.start(config)
 
-    with status.acquire(workdir), PreemptionGuard() as guard:
-        session = _Session(program, stages, corpus, workdir, identity, guard, from_step, initial)
-        for path, (old, new) in changed.items():
-            why = "added" if resume.is_added(path, (old, new)) else "changed by --allow-change"
-            session.say(f"{why}: {path}: {old!r} -> {new!r}")
-        return session.run(begun)
+        with status.acquire(workdir), PreemptionGuard() as guard:
+            session = _Session(compiler, stages, corpus, workdir, identity, guard, from_step, initial)
+            for path, (old, new) in changed.items():
+                why = "added" if resume.is_added(path, (old, new)) else "changed by --allow-change"
+                session.say(f"{why}: {path}: {old!r} -> {new!r}")
+            return session.run(begun)
 
 
 def _check_here(check: Callable[[], object]) -> None:
@@ -123,12 +127,17 @@ def _check_here(check: Callable[[], object]) -> None:
         raise
 
 
+def _expected_step(workdir: epath.Path) -> int:
+    """The step from which the run will go on, if its newest checkpoint is whole."""
+    return max(list_steps(workdir), default=0)
+
+
 class _Session:
     """What one process does between taking the lock and letting go of it."""
 
     def __init__(
         self,
-        program: setup.Program,
+        compiler: Compiler,
         stages: list[setup.Stage],
         corpus: CorpusReader | CorpusMixture,
         workdir: epath.Path,
@@ -138,9 +147,10 @@ class _Session:
         initial: InitialParameters | None,
     ):
         self.from_step, self.initial = from_step, initial
-        self.program, self.stages, self.corpus, self.workdir, self.guard = program, stages, corpus, workdir, guard
+        self.compiler, self.program = compiler, compiler.program
+        self.stages, self.corpus, self.workdir, self.guard = stages, corpus, workdir, guard
         self.identity = identity
-        self.checkpoints = Checkpoints(workdir, program.config.execution.keep)
+        self.checkpoints = Checkpoints(workdir, self.program.config.execution.keep)
 
     def say(self, text: str) -> None:
         """A line on the console of the first process."""
@@ -149,7 +159,10 @@ class _Session:
 
     def run(self, begun: float) -> Finish:
         """Restores or initialises, trains, and writes how it ended."""
-        state, meta = self._start_state()
+        try:
+            state, meta = self._start_state()
+        except Exception as error:
+            raise memory.explained(error, self.program, self._shape_at(self.compiler.first_step))  # noqa: B904
         if processes.is_primary():  # only now: a checkpoint that does not fit leaves the workdir as it was
             write_description(self.workdir, self.program.config, self.identity, self.corpus)
         step, owed = (meta["step"], meta.get("owed")) if meta else (0, None)
@@ -172,7 +185,8 @@ class _Session:
                     reason = "finished"
                     return Finish(step, writer.last, self.checkpoints.latest())
                 watch.doing("compiling")
-                compiled = self._compile(step - bool(owed))
+                compiled = self.compiler.steps(step - bool(owed), self.say)
+                processes.meet("compiled")
                 loop = Loop(
                     self.program, self.stages, compiled, state, step, self.checkpoints, writer, self.guard,
                     self._meta(), watch.moved, owed,
@@ -180,6 +194,7 @@ class _Session:
                 loop.run()
                 reason = (self.guard.reason or "preempted") if loop.stopped else "finished"
         except Exception as error:
+            error = memory.explained(error, self.program, self._shape_at(loop.step if loop else step))
             failure = distributed.as_peer_error(error)
             reason = "diverged" if isinstance(failure, Diverged) else "failed"
             raise failure  # noqa: B904 (it is `error` itself, or caused by it)
@@ -209,6 +224,11 @@ class _Session:
             self.say(f"parameters from {self.initial.label}")
             state = state | {"params": self.initial.place(state["params"])}
         return state, None
+
+    def _shape_at(self, step: int) -> StageConfig:
+        """The stage of a step, with the shape of its batch there."""
+        stage = next((stage for stage in self.stages if step < stage.stop), self.stages[-1])
+        return setup.shape_config(self.program, stage.config, stage.segment(max(step, stage.start)))
 
     def _describe(self, step: int, meta: dict[str, Any] | None) -> None:
         program, execution = self.program, self.program.config.execution
@@ -245,37 +265,6 @@ class _Session:
             )
         else:
             self.say(f"fresh start in {self.workdir}")
-
-    def _compile(self, step: int) -> list[tuple[Any, Any]]:
-        """Compiles the steps of every stage that is left, so that a later shape cannot fail after days.
-
-        Returns:
-            for each stage: segment of its ramp -> train step, and the evaluation step; (None, None) if it is over.
-        """
-        compiled: list[tuple[Any, Any]] = []
-        for stage in self.stages:
-            if step >= stage.stop:
-                compiled.append((None, None))
-                continue
-            begun = time.perf_counter()
-            steps: dict[int, Any] = {}
-            shapes: dict[StageConfig, Any] = {}
-            first = stage.train.ramp.index(max(step - stage.start, 0))
-            last = stage.train.ramp.index(stage.stop - stage.start - 1)
-            for i in range(first, last + 1):
-                shape = setup.shape_config(self.program, stage.config, stage.train.ramp.segments[i])
-                if shape not in shapes:
-                    shapes[shape] = setup.lower_train_step(self.program, shape).compile()
-                    rows = stage.train.ramp.segments[i].batch_size
-                    if shape.batch_size > rows:
-                        self.say(f"batches of {rows} rows are filled up to {shape.batch_size} with rows of weight 0")
-                    if last > first:
-                        self.say(f"compiled batch {shape.batch_size} x {shape.sequence_length}")
-                steps[i] = shapes[shape]
-            compiled.append((steps, setup.lower_eval_step(self.program, stage.config).compile()))
-            self.say(f"compiled stage {stage.config.name} in {time.perf_counter() - begun:.1f} s")
-        processes.meet("compiled")
-        return compiled
 
     def _meta(self) -> dict[str, Any]:
         config = self.program.config

@@ -114,6 +114,13 @@ class ExportConfig(Config):
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
+class ProfileConfig(Config):
+    """Steps traced into `WORKDIR/profile`; the signal SIGUSR1 asks a running process for as many."""
+
+    first_step: int | None = Field(default=None, ge=1, description="the first of them; null: only when asked to")
+    steps: int = Field(default=5, ge=1)
+
+
 class ExecutionConfig(Config):
     """How the run is computed, logged and saved; every field may change on resume."""
 
@@ -141,9 +148,13 @@ class ExecutionConfig(Config):
     data_threads: int = Field(default=2, ge=0)
     prefetch: int = Field(default=4, ge=1, description="batches built ahead")
     wandb_project: str | None = Field(default=None, min_length=1, description="also log there (extra `wandb`)")
-    compilation_cache: Literal["auto", "off"] = Field(
-        default="auto", description="auto: compiled programs are kept beside the workdir"
+    compilation_cache: str = Field(
+        default="auto",
+        min_length=1,
+        description="where compiled programs are kept: beside the workdir (auto), nowhere (off), or a directory, which "
+        "nobody else may write (jax runs what lies there)",
     )
+    profile: ProfileConfig = ProfileConfig()
     export: ExportConfig = ExportConfig()
     general_text: str = Field(
         default="", description="with init_from: other text on which before and after are compared (a corpus, `stdlib`)"

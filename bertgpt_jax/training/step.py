@@ -139,8 +139,9 @@ def train_step(
         grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, optimizer.clip_norm / (grad_norm + 1e-12)), grads)
 
     rate = schedule(extras["stage_step"])
-    updates, moments = optimizer.build().update(grads, state["optimizer"], params)
-    moved = jax.tree.map(lambda p, u: p + rate * u, params, updates)
+    with jax.named_scope("optimizer"):
+        updates, moments = optimizer.build().update(grads, state["optimizer"], params)
+        moved = jax.tree.map(lambda p, u: p + rate * u, params, updates)
     # the new parameters too: a huge rate times weight decay overflows where loss and gradient are still finite
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(moved))
     kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (moved, moments), (params, state["optimizer"]))

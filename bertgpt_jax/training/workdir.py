@@ -16,6 +16,7 @@ import bertgpt_jax
 from bertgpt_jax.config import to_json
 from bertgpt_jax.corpus.mixture import CorpusMixture, open_any
 from bertgpt_jax.corpus.reader import CorpusReader
+from bertgpt_jax.errors import StorageError
 from bertgpt_jax.parallel import distributed
 from bertgpt_jax.training import processes, resume, storage
 from bertgpt_jax.training.run_config import RunConfig
@@ -43,17 +44,24 @@ def open_run_corpus(config: RunConfig, workdir: epath.Path) -> CorpusReader | Co
 
 
 def use_compilation_cache(config: RunConfig, workdir: epath.Path) -> None:
-    """Keeps compiled programs beside a local workdir; directories of executables are private."""
-    if config.execution.compilation_cache == "off" or not storage.is_local(workdir):
+    """Keeps compiled programs beside a local workdir, or where the config says; directories of ours are private.
+
+    `auto` leaves a directory that jax was told of (JAX_COMPILATION_CACHE_DIR) as it is.
+    """
+    where = config.execution.compilation_cache
+    chosen = where not in ("auto", "off")
+    if where == "off" or not chosen and (jax.config.jax_compilation_cache_dir or not storage.is_local(workdir)):
         return
-    if jax.config.jax_compilation_cache_dir is None:
-        path = Path(workdir).parent / ".compiled"
+    path = storage.workdir_path(where) if chosen else epath.Path(Path(workdir).parent / ".compiled")
+    if storage.is_local(path):
         try:
-            path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        except OSError:  # a run does not need it
+            Path(path).mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:  # a run does not need it, unless it was asked for
+            if chosen:
+                raise StorageError(f"execution.compilation_cache = '{where}' cannot be made: {error}") from None
             return
-        jax.config.update("jax_compilation_cache_dir", str(path))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def write_description(

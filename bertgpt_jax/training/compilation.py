@@ -1,0 +1,131 @@
+"""Compiles the steps of a run while its data are prepared and its state is read: both take minutes at their worst."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from jax.sharding import Mesh
+
+from bertgpt_jax.training import memory, setup
+from bertgpt_jax.training.run_config import RunConfig, StageConfig, with_steps
+
+Compiled = tuple[dict[int, Callable] | None, Callable | None]
+"""For a stage: segment of its ramp -> train step, and the evaluation step; (None, None) if it is over."""
+
+
+class Compiler:
+    """Compiles one program after another in a thread of its own; what is asked for is waited for.
+
+        with Compiler(mesh, first_step) as compiler:
+            compiler.start(config)   # as soon as the config says everything; again whenever more is known
+            ...
+            compiler.steps(step, print)
+
+    Args:
+        first_step: the step at which the run will probably go on; stages before it are not compiled.
+
+    Attributes:
+        first_step: as given.
+        program: what is compiled; None before `start` knew enough.
+    """
+
+    def __init__(self, mesh: Mesh, first_step: int = 0):
+        self.program: setup.Program | None = None
+        self.first_step, self._mesh = first_step, mesh
+        self._thread = ThreadPoolExecutor(1, "compiler")
+        self._tasks: dict[tuple[str, StageConfig], Future[tuple[Any, float]]] = {}
+
+    def __enter__(self) -> Compiler:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def start(self, config: RunConfig) -> bool:
+        """Begins to compile if the config says all that programs depend on, which may be before its data are there.
+
+        Returns:
+            whether it does: the vocabulary's size must be known, and no stage be measured in epochs.
+
+        Raises:
+            ConfigError: as `setup.make_program`.
+        """
+        if config.model.vocab_size is None or any(stage.epochs is not None for stage in config.stages):
+            return False
+        config = with_steps(config, [_no_epochs] * len(config.stages))
+        if self.program is not None and self.program.config == config:
+            return True
+        for task in self._tasks.values():  # of a config that turned out otherwise
+            task.cancel()
+        self._tasks.clear()
+        self.program = setup.make_program(config, self._mesh)
+        for first, stage in self._stages():
+            if self.first_step < first + stage.steps:
+                for shape in dict.fromkeys(self._shapes(stage, self.first_step - first).values()):
+                    self._submit("train", shape)
+                self._submit("eval", stage)
+        return True
+
+    def steps(self, step: int, say: Callable[[str], None]) -> list[Compiled]:
+        """Waits for everything that a run going on at `step` needs, so that no later shape can fail after days.
+
+        Raises:
+            ConfigError: a step needs more memory than its devices have (`memory.check`).
+        """
+        found: list[Compiled] = []
+        for start, stage in self._stages():
+            if step >= start + stage.steps:
+                found.append((None, None))
+                continue
+            shapes, programs, seconds = self._shapes(stage, step - start), {}, 0.0
+            for shape in dict.fromkeys(shapes.values()):
+                programs[shape], took = self._result("train", shape)
+                memory.check(self.program, shape, programs[shape])
+                seconds += took
+                segment = stage.ramp().segments[next(i for i, other in shapes.items() if other == shape)]
+                if shape.batch_size > segment.batch_size:
+                    rows = f"batches of {segment.batch_size} rows are filled up to {shape.batch_size}"
+                    say(f"{rows} with rows of weight 0")
+                if len(shapes) > 1:
+                    say(f"compiled batch {shape.batch_size} x {shape.sequence_length}")
+            evaluation, took = self._result("eval", stage)
+            found.append(({segment: programs[shape] for segment, shape in shapes.items()}, evaluation))
+            say(f"compiled stage {stage.name} in {seconds + took:.1f} s")
+        return found
+
+    def _stages(self) -> Iterator[tuple[int, StageConfig]]:
+        """Each stage after its first step."""
+        start = 0
+        for stage in self.program.config.stages:
+            yield start, stage
+            start += stage.steps
+
+    def _shapes(self, stage: StageConfig, step: int) -> dict[int, StageConfig]:
+        """Segment -> shape of its batches, for what is left of a stage at its step `step`."""
+        segments = stage.ramp().segments
+        first, last = stage.ramp().index(max(step, 0)), stage.ramp().index(stage.steps - 1)
+        return {i: setup.shape_config(self.program, stage, segments[i]) for i in range(first, last + 1)}
+
+    def _result(self, kind: str, shape: StageConfig) -> tuple[Any, float]:
+        try:
+            return self._submit(kind, shape).result()
+        except Exception as error:
+            raise memory.explained(error, self.program, shape)  # noqa: B904 (it is `error` itself, or caused by it)
+
+    def _submit(self, kind: str, shape: StageConfig) -> Future[tuple[Any, float]]:
+        if (kind, shape) not in self._tasks:
+            self._tasks[kind, shape] = self._thread.submit(_compile, kind, self.program, shape)
+        return self._tasks[kind, shape]
+
+
+def _compile(kind: str, program: setup.Program, shape: StageConfig) -> tuple[Any, float]:
+    begun = time.perf_counter()
+    lower = setup.lower_train_step if kind == "train" else setup.lower_eval_step
+    return lower(program, shape).compile(), time.perf_counter() - begun
+
+
+def _no_epochs(length: int) -> int:
+    raise AssertionError(f"rows of {length} tokens were asked for, and no stage is measured in epochs")

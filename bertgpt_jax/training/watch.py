@@ -144,6 +144,7 @@ class Watch:
     def _give_up(self, still: float) -> None:
         """Prints all stacks and leaves; nothing here may wait for what hangs."""
         code = PeerError.exit_code
+        self._stop.set()  # nothing is to say after this that the run goes on
         last = threading.Timer(LAST_WORDS_SECONDS, self._leave, [code])
         last.daemon = True
         last.start()

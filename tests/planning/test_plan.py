@@ -191,6 +191,7 @@ def test_a_search_ranks_by_time_among_those_that_fit() -> None:
     assert best.stages[0].microbatches == ranked[0].microbatches
 
 
+@pytest.mark.slow
 def test_175b_has_a_layout_of_60_percent_on_1024_v5p(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the search would compile first; the compiled table has its bytes."""
     place = places.parse("v5p:8x8x16")

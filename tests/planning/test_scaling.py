@@ -53,6 +53,7 @@ def test_places_of_the_command(capsys) -> None:
     assert "PLACE*SLICES" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_table_of_plans(tmp_path: Path, capsys) -> None:
     files = [str(tmp_path / f"{i}.json") for i in range(2)]
     for file, topology in zip(files, ("v5e:16x16", "v4-128"), strict=True):

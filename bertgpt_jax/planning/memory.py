@@ -19,10 +19,14 @@ from bertgpt_jax.parallel.sharding import flatten
 from bertgpt_jax.planning.work import Shards, Work, pipeline_parts
 from bertgpt_jax.shapes import PyTree
 
-SCRATCH = 2**28
-"""Bytes that every compiled program took beside what is counted here."""
-LOGIT_BYTES = 7
-"""Bytes a logit: it and its gradient in bf16, and most of its exponential in fp32."""
+LOGIT_BYTES = 6.5
+"""Bytes a logit: it and its gradient in bf16, and what is left of its exponential in fp32."""
+LAYER_COPIES = 2.0
+"""Values and gradients of a layer's arrays."""
+SCORE_BYTES = 8.0
+"""Bytes a score of attention without a fused kernel: it and its gradient in fp32."""
+TABLE_BYTES = 10.0
+"""Bytes an entry of the token table whose gradient is summed over microbatches: in bf16, and twice in fp32."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,14 +120,13 @@ def saved_bytes(work: Work, shards: Shards) -> int:
 
 
 def working_bytes(work: Work, shards: Shards) -> int:
-    """Bytes at the worst moment of the backward pass: in the head, or in a layer."""
-    d, w, n = work.width, work.width_bytes, positions(work, shards)
-    table = work.vocabulary * d / shards.tensor
+    """Bytes at the worst moment of the backward pass: in the head, or in a layer with its gathered weights."""
+    n = positions(work, shards)
     scored = n * work.scored * ((work.head_chunk or work.length) / work.length if work.scored == 1 else 1.0)
-    head = scored * work.vocabulary / shards.tensor * LOGIT_BYTES / 2 * w + 2 * table * w
-    layer_weights = work.layer_weights / shards.tensor * w
+    head = scored * work.vocabulary / shards.tensor * LOGIT_BYTES / 2 * work.width_bytes
     inner = (3 * work.feed_forward + 6 * work.heads * work.head_size) / shards.tensor
-    scores = 0.0 if work.fused_attention else 8 * work.length * work.heads / shards.tensor
-    layer = n * ((6 * d + inner) * w + scores) + 2 * layer_weights
-    lookup = work.vocabulary * d * w  # gathered whole before the lookup
-    return int(max(head, layer) + lookup) + SCRATCH
+    scores = 0.0 if work.fused_attention else SCORE_BYTES * work.length * work.heads / shards.tensor
+    layer = n * (LAYER_COPIES * (6 * work.width + inner) * work.width_bytes + scores)
+    layer += work.layer_weights / shards.tensor * work.width_bytes
+    table = work.vocabulary * work.width / shards.tensor * TABLE_BYTES if work.microbatches > 1 else 0.0
+    return int(max(head, layer) + table)

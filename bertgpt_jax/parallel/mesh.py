@@ -9,23 +9,69 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from bertgpt_jax.config import Config
 from bertgpt_jax.errors import ConfigError
-
-AXES = ("data", "fsdp", "pipe", "context", "tensor")
-"""Mesh axes, outermost (slowest links) first: replicas, sharded parameters, pipeline, sequence, heads and width."""
+from bertgpt_jax.parallel.axes import AXES, Table, replaced, table_problem
 
 
 class MeshConfig(Config):
-    """Sizes of the mesh axes; at most one may be -1, "whatever is left"."""
+    """Sizes of the mesh axes; at most one may be -1, "whatever is left".
+
+    Where devices are several slices, joined by a slower network (DCN), replicas lie across them, so that only gradients
+    cross it. `dcn_fsdp` lets shards of the parameters do so too, which are then gathered over it for every layer.
+    """
 
     data: int = Field(default=-1, ge=-1)
     fsdp: int = Field(default=1, ge=-1)
     pipe: int = Field(default=1, ge=-1)
     context: int = Field(default=1, ge=-1)
     tensor: int = Field(default=1, ge=-1)
+    dcn_data: int | None = Field(
+        default=None, ge=1, description="slices that `data` spans; null: all that `dcn_fsdp` does not"
+    )
+    dcn_fsdp: int = Field(default=1, ge=1, description="slices that `fsdp` spans")
+    axes: tuple[tuple[str, tuple[str, ...]], ...] = Field(
+        default=(), description="rows of the table of logical axes (parallel/axes.py) that are to be others"
+    )
+
+    @field_validator("axes")
+    @classmethod
+    def _rows_exist(cls, rows: tuple) -> tuple:
+        problem = table_problem(rows)
+        if problem:
+            raise ValueError(problem)
+        return rows
+
+    def logical_axes(self) -> Table:
+        """The table of logical axes in force."""
+        return replaced(self.axes)
+
+    def across_slices(self, slices: int, sizes: dict[str, int]) -> dict[str, int]:
+        """How many slices each mesh axis spans.
+
+        Args:
+            sizes: of the whole mesh (`resolve`).
+
+        Raises:
+            ConfigError: slices are asked for that are not there, or do not divide the axis that is to span them.
+        """
+        fsdp = self.dcn_fsdp
+        data = max(slices // fsdp, 1) if self.dcn_data is None else self.dcn_data
+        if data * fsdp != slices:
+            asked = f"mesh.dcn_data * mesh.dcn_fsdp = {data} * {fsdp}"
+            fix = "leave dcn_data null and dcn_fsdp 1" if slices == 1 else f"their product must be {slices}"
+            raise ConfigError(f"{asked} slices, and the devices are {slices}; {fix}")
+        for axis, count in (("data", data), ("fsdp", fsdp)):
+            if sizes[axis] % count:
+                advice = f"use mesh.{axis}={-(-sizes[axis] // count) * count}"
+                other = f", or let shards span slices: mesh.dcn_fsdp={slices}" if axis == "data" and fsdp == 1 else ""
+                raise ConfigError(
+                    f"mesh.{axis} = {sizes[axis]} cannot be shared out among {count} slices; "
+                    f"{advice} or a multiple{other}"
+                )
+        return {axis: {"data": data, "fsdp": fsdp}.get(axis, 1) for axis in AXES}
 
     def resolve(self, devices: int) -> dict[str, int]:
         """Axis name -> size, product equal to `devices`.
@@ -41,14 +87,23 @@ class MeshConfig(Config):
             sizes[next(axis for axis, size in sizes.items() if size == -1)] = devices // fixed
         if math.prod(sizes.values()) != devices or -1 in sizes.values():
             raise ConfigError(
-                f"mesh {self.describe()} does not multiply to {devices} devices; "
-                f"(data, fsdp, tensor) may be one of {_factorizations(devices)}"
+                f"mesh {self.describe()} does not multiply to {devices} devices; {self._what_fits(devices)}"
             )
         return sizes
 
     def describe(self) -> str:
         """`data=2,fsdp=4`: the axes that are not 1."""
         return ",".join(f"{axis}={getattr(self, axis)}" for axis in AXES if getattr(self, axis) != 1) or "data=1"
+
+    def _what_fits(self, devices: int) -> str:
+        others = {axis: getattr(self, axis) for axis in ("pipe", "context") if getattr(self, axis) > 1}
+        fixed = math.prod(others.values())
+        given = ", ".join(f"{axis}={size}" for axis, size in others.items())
+        if devices % fixed:
+            able = [n for n in range(1, devices + 1) if devices % n == 0]
+            return f"{given} does not divide them; " + f"{' * '.join(others)} may be one of {able}"
+        first = f"with {given}, " if given else ""
+        return f"{first}(data, fsdp, tensor) may be one of {_factorizations(devices // fixed)}"
 
 
 def _factorizations(devices: int, limit: int = 12) -> str:
@@ -64,11 +119,14 @@ def _factorizations(devices: int, limit: int = 12) -> str:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over all devices, in the order that suits their links, with automatic (GSPMD) axes."""
+    """A mesh over all devices, in the order that suits their links, with automatic (GSPMD) axes.
+
+    Raises:
+        ConfigError: sizes that are not these devices' (`MeshConfig.resolve`, `MeshConfig.across_slices`).
+    """
     devices = list(jax.devices() if devices is None else devices)
     sizes = config.resolve(len(devices))
-    shape = tuple(sizes[axis] for axis in AXES)
-    return Mesh(_arranged(devices, shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(_arranged(config, devices, sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def fully_sharded(mesh: Mesh) -> MeshConfig | None:
@@ -78,21 +136,21 @@ def fully_sharded(mesh: Mesh) -> MeshConfig | None:
     return MeshConfig(**{**mesh.shape, "data": 1, "fsdp": mesh.shape["data"] * mesh.shape["fsdp"]})
 
 
-def _arranged(devices: list[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
-    """The devices in the shape of the mesh, neighbours on it near one another; slices lie along `data`.
+def _arranged(config: MeshConfig, devices: list[jax.Device], sizes: dict[str, int]) -> np.ndarray:
+    """The devices in the shape of the mesh, neighbours on it near one another, slices along `data` and `fsdp`.
 
     Raises:
-        ConfigError: several slices among which the replicas cannot be shared out.
+        ConfigError: several slices among which the mesh cannot be shared out.
     """
-    slices = len({getattr(device, "slice_index", None) or 0 for device in devices})
-    if devices[0].platform == "cpu":
+    shape, platform = tuple(sizes.values()), devices[0].platform
+    slices = 1 if platform == "cpu" else len({getattr(device, "slice_index", None) or 0 for device in devices})
+    asked = config.dcn_data is not None or config.dcn_fsdp > 1
+    if platform != "tpu" and not asked and sizes["data"] % slices:
+        slices = 1  # GPUs of several hosts: shards may span hosts too, over a network that is not that slow
+    between = tuple(config.across_slices(slices, sizes).values())
+    if platform == "cpu":
         return np.array(devices).reshape(shape)
     if slices == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    if shape[0] % slices:
-        raise ConfigError(
-            f"mesh.data = {shape[0]} cannot be shared out among {slices} slices; only replicas span slices: "
-            f"use mesh.data={slices} or a multiple"
-        )
-    inside, between = (shape[0] // slices, *shape[1:]), (slices,) + (1,) * (len(shape) - 1)
+    inside = tuple(size // count for size, count in zip(shape, between, strict=True))
     return mesh_utils.create_hybrid_device_mesh(inside, between, devices, allow_split_physical_axes=True)

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bertgpt_jax.errors import ConfigError
-from bertgpt_jax.parallel.axes import LOGICAL_AXES
+from bertgpt_jax.parallel.axes import LOGICAL_AXES, Table
 from bertgpt_jax.shapes import PyTree
 
 ROWS = PartitionSpec(("pipe", "data", "fsdp"))
@@ -24,12 +24,12 @@ SEQUENCE = "context"
 
 
 @contextmanager
-def mesh_context(mesh: Mesh):
+def mesh_context(mesh: Mesh, table: Table = LOGICAL_AXES):
     """Inside, logical constraints of model code mean `mesh`; `jax.jit` must be traced in it.
 
     `jax.set_mesh`, not `with mesh:`, under which Linen drops every constraint without a word.
     """
-    with jax.set_mesh(mesh), nn.logical_axis_rules(LOGICAL_AXES):
+    with jax.set_mesh(mesh), nn.logical_axis_rules(table):
         yield
 
 
@@ -51,13 +51,13 @@ def unboxed(tree: PyTree) -> PyTree:
     return nn.unbox(tree)
 
 
-def parameter_shardings(abstract_params: PyTree, mesh: Mesh) -> PyTree:
+def parameter_shardings(abstract_params: PyTree, mesh: Mesh, table: Table = LOGICAL_AXES) -> PyTree:
     """Shardings of a parameter tree whose leaves still carry their logical axes (`jax.eval_shape` of `Module.init`).
 
     Raises:
         ConfigError: naming the parameter, dimension and mesh axis where the axis does not divide the dimension.
     """
-    shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract_params), mesh, LOGICAL_AXES)
+    shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract_params), mesh, table)
     names = flatten(nn.get_partition_spec(abstract_params))
     for name, leaf in flatten(nn.unbox(abstract_params)).items():
         spec = flatten(shardings)[name].spec

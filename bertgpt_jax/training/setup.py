@@ -172,7 +172,7 @@ def make_program(config: RunConfig, mesh: Mesh) -> Program:
     def init() -> PyTree:
         return init_state(sharding.unboxed(init_params()), first.optimizer.build())
 
-    where = sharding.parameter_shardings(jax.eval_shape(init_params), mesh)
+    where = sharding.parameter_shardings(jax.eval_shape(init_params), mesh, config.execution.mesh.logical_axes())
     abstract = jax.eval_shape(init)
     lies = sharding.state_shardings(abstract, where, mesh)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, lies)
@@ -203,7 +203,7 @@ def lower_train_step(program: Program, stage: StageConfig) -> Any:
     )
     replicated = NamedSharding(program.mesh, PartitionSpec())
     jitted = jax.jit(_arranging(step, program), donate_argnums=0, out_shardings=(lies, replicated))
-    with sharding.mesh_context(program.mesh):
+    with sharding.mesh_context(program.mesh, program.config.execution.mesh.logical_axes()):
         return jitted.lower(state, program.abstract_batch(stage))
 
 
@@ -211,7 +211,7 @@ def lower_eval_step(program: Program, stage: StageConfig) -> Any:
     """The stage's evaluation step, traced: `.compile()` gives (params, batch) -> (sums, metric sums, weights)."""
     step = partial(eval_step, model=program.model, objective=program.config.objective)
     replicated = NamedSharding(program.mesh, PartitionSpec())
-    with sharding.mesh_context(program.mesh):
+    with sharding.mesh_context(program.mesh, program.config.execution.mesh.logical_axes()):
         jitted = jax.jit(_arranging(step, program), out_shardings=replicated)
         return jitted.lower(program.abstract_state["params"], program.abstract_batch(stage))
 

@@ -13,7 +13,6 @@ import jax
 import numpy as np
 import pytest
 
-from bertgpt_jax.parallel.axes import LOGICAL_AXES
 from bertgpt_jax.parallel.mesh import make_mesh
 from bertgpt_jax.training import setup
 
@@ -124,8 +123,8 @@ def count(jaxpr) -> int:
 def test_constraints_would_be_missed_without_set_mesh(runs) -> None:
     """`with mesh:` alone, or no mesh: Linen drops every constraint in silence, and only speed tells."""
 
-    def rules_alone(mesh):
-        return nn.logical_axis_rules(LOGICAL_AXES)
+    def rules_alone(mesh, table):
+        return nn.logical_axis_rules(table)
 
     assert constraints(runs, "gpt", context=rules_alone) == 0
 

@@ -35,7 +35,7 @@ class DistributedConfig(Config):
     initialization_timeout: int | None = Field(
         default=None,
         ge=1,
-        description="seconds without news until processes that do not come are given up; null: 300, on one machine 15",
+        description="seconds without news until processes that do not come are given up; null: 300, on one machine 12",
     )
     heartbeat_timeout: int = Field(default=100, ge=5, description="seconds until a dead peer ends the job")
     shutdown_timeout: int = Field(default=60, ge=1, description="seconds a process waits for the others when it ends")

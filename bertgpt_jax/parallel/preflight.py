@@ -24,10 +24,10 @@ from bertgpt_jax.parallel.cluster import KEY, Place, is_loopback
 PATIENCE = 300
 """Seconds without news after which processes that have not come are given up, on several machines."""
 
-LOCAL_PATIENCE = 15
+LOCAL_PATIENCE = 12
 """The same on one machine, where all start together."""
 
-LINGER = 5.0
+LINGER = 3.0
 """Seconds for which a bad verdict is still told to processes that come late."""
 
 SILENCE = 20.0

@@ -143,7 +143,7 @@ def test_strangers_do_not_disturb() -> None:
 
 def test_patience() -> None:
     here, there = Place("localhost:1", 2, 0), Place("192.0.2.7:1", 2, 0)
-    assert (preflight.patience(here, None), preflight.patience(there, None)) == (15, 300)
+    assert (preflight.patience(here, None), preflight.patience(there, None)) == (12, 300)
     assert preflight.patience(here, 7) == preflight.patience(there, 7) == 7
 
 

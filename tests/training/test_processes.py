@@ -18,7 +18,8 @@ from etils import epath
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bertgpt_jax.errors import ConfigError
+from bertgpt_jax.errors import ConfigError, DataError, PeerError
+from bertgpt_jax.parallel import distributed
 from bertgpt_jax.training import processes
 from bertgpt_jax.training.checkpoint import list_steps, restore
 from bertgpt_jax.training.fingerprint import state_fingerprint
@@ -163,3 +164,25 @@ def test_alone_nothing_is_exchanged() -> None:
 
 def _refuse() -> None:
     raise ConfigError("told")
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "raised", "said"),
+    [
+        (lambda: 7, [], None, ""),
+        (_refuse, [], ConfigError, "^told$"),
+        (lambda: 7, ["DataError", "shard 3 is missing"], DataError, "^process 1: shard 3 is missing$"),
+        (lambda: 7, ["ZeroDivisionError", "by zero"], PeerError, "^process 1: by zero$"),
+        (_refuse, ["DataError", "shard 3 is missing"], ConfigError, "^told$"),
+    ],
+)
+def test_where_one_fails_all_end(mine, theirs, raised, said, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each raises its own error, or that of the process that failed, of the same class: the exit codes are equal."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(processes, "meet", lambda what: None)
+    monkeypatch.setattr(distributed, "gathered", lambda value: [value, theirs])
+    if raised is None:
+        assert processes.everywhere(mine) == 7
+    else:
+        with pytest.raises(raised, match=said):
+            processes.everywhere(mine)

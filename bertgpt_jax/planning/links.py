@@ -9,14 +9,18 @@ from bertgpt_jax.planning.places import Place
 from bertgpt_jax.planning.work import Shards
 
 
-def axis_bandwidth(place: Place, shards: Shards) -> dict[str, float]:
+def axis_bandwidth(place: Place, shards: Shards, dcn_fsdp: int = 1) -> dict[str, float]:
     """Bytes a second that a chip sends along each axis inside a slice; infinite where there is nothing to send.
 
     Axes take sides of the torus from the innermost on, as `mesh_utils` lays them: whole sides where they match, parts
     of sides else. A whole side that is closed to a ring is used both ways.
+
+    Args:
+        dcn_fsdp: slices that the second axis spans; the first spans the others.
     """
     sizes = list(shards)
-    sizes[0] //= place.slices
+    sizes[0] //= place.slices // dcn_fsdp
+    sizes[1] //= dcn_fsdp
     if not place.chip.torus:
         return dict(zip(AXES, _switched(place, sizes), strict=True))
     found: dict[str, float] = {}

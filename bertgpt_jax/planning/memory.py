@@ -19,6 +19,8 @@ from bertgpt_jax.parallel.sharding import flatten
 from bertgpt_jax.planning.work import Shards, Work, pipeline_parts
 from bertgpt_jax.shapes import PyTree
 
+LANES = 128
+"""Elements of a TPU's vector register along an array's last dimension."""
 LOGIT_BYTES = 6.5
 """Bytes a logit: it and its gradient in bf16, and what is left of its exponential in fp32."""
 LAYER_COPIES = 2.0
@@ -106,8 +108,10 @@ def layer_saved_bytes(work: Work, shards: Shards) -> float:
     if work.recomputes:
         return 0.0 if work.remat == "offload" else d * w
     if work.remat == "dots":
-        return (2 * d + 3 * heads + (work.matrices - 1) * inner) * w
-    scores = 0.0 if work.fused_attention else (2 + 2 * w) * work.length * work.heads / shards.tensor
+        # products of heads lie with the head's width along the vector lanes, of which narrow heads leave some empty
+        lanes = -(-work.head_size // LANES) * LANES / work.head_size
+        return (2 * d + 3 * heads * lanes + (work.matrices - 1) * inner) * w
+    scores = 0.0 if work.fused_attention else (4 + 2 * w) * work.length * work.heads / shards.tensor
     activated = 1 if work.remat == "gelu" else 2
     return (4 * d + 5 * heads + activated * (work.matrices - 1) * inner) * w + scores
 

@@ -173,14 +173,11 @@ def prepare(config: RunConfig, place: Place, mesh: MeshConfig | None = None) -> 
     if any(stage.epochs for stage in config.stages):
         notes.append(f"epochs are taken to have {ASSUMED_ROWS:,} rows; days follow from that")
     if mesh is not None:
-        config = _with_execution(config, {"mesh": mesh.model_dump(mode="json")})
+        given = {name: getattr(mesh, name) for name in AXES}
+        config = _with_execution(config, {"mesh": config.execution.mesh.model_dump(mode="json") | given})
     config = assume_vocabulary(config)
     sizes = config.execution.mesh.resolve(place.chips)
-    if place.slices > 1 and sizes[AXES[0]] % place.slices:
-        raise ConfigError(
-            f"mesh.data = {sizes[AXES[0]]} cannot be shared out among {place.slices} slices; use mesh.data="
-            f"{place.slices} or a multiple"
-        )
+    config.execution.mesh.across_slices(place.slices, sizes)
     config, more = _rounded(config, Shards.of(sizes))
     config = with_steps(config, [lambda length: ASSUMED_ROWS] * len(config.stages))
     _check(config, sizes)
@@ -227,8 +224,9 @@ def _rounded(config: RunConfig, shards: Shards) -> tuple[RunConfig, list[str]]:
 
 def _on_one_device(config: RunConfig, place: Place) -> Program:
     compute = config.execution.compute.model_dump(mode="json") | {"platform": place.chip.platform}
-    alone = _with_execution(config, {"mesh": MeshConfig().model_dump(mode="json"), "compute": compute})
-    return make_program(alone, make_mesh(MeshConfig(), jax.devices("cpu")[:1]))
+    mesh = MeshConfig(axes=config.execution.mesh.axes)
+    alone = _with_execution(config, {"mesh": mesh.model_dump(mode="json"), "compute": compute})
+    return make_program(alone, make_mesh(mesh, jax.devices("cpu")[:1]))
 
 
 def make_plan(prepared: Prepared, *, compiling: bool = True, price: float | None = None) -> Plan:

@@ -79,12 +79,12 @@ def step_time(
     matmul = matmul_seconds(work, shards, place)
     hbm = hbm_bytes(work, shards, parameters) / (chip.hbm_bandwidth * HBM)
     bubble = (shards.pipe - 1) / max(pipeline_parts(work, shards) * work.pipeline_repeats, 1) * (matmul + hbm)
-    bandwidth = axis_bandwidth(place, shards)
+    bandwidth = axis_bandwidth(place, shards, work.dcn_fsdp)
     by_axis = {axis: sent.get(axis, 0.0) / (bandwidth[axis] * LINKS) for axis in AXES}
     dcn = 0.0
-    if place.slices > 1:  # between slices, all chips of a slice share its gradient
-        between = (place.slices - 1) / (shards.data - 1)
-        dcn = sent.get(AXES[0], 0.0) * between / (chip.dcn_bandwidth * LINKS)
+    for axis, size, spans in zip(AXES, shards, (place.slices // work.dcn_fsdp, work.dcn_fsdp), strict=False):
+        if spans > 1:  # all chips of a slice share what goes to the others
+            dcn += sent.get(axis, 0.0) * (spans - 1) / (size - 1) / (chip.dcn_bandwidth * LINKS)
     ici = sum(by_axis.values())
     waiting = by_axis[AXES[-1]]
     beside = ici - waiting + dcn

@@ -55,6 +55,7 @@ class Work:
         head_chunk: `ComputeConfig.head_chunk`.
         pipeline_parts, pipeline_repeats: `PipelineConfig.microbatches` and groups of layers a stage.
         width_bytes: of an activation's element.
+        dcn_fsdp: `MeshConfig.dcn_fsdp`, slices that shards of the parameters span.
     """
 
     layers: int
@@ -75,6 +76,7 @@ class Work:
     pipeline_parts: int | None = None
     pipeline_repeats: int = 1
     width_bytes: int = 2
+    dcn_fsdp: int = 1
 
     @property
     def layer_weights(self) -> int:
@@ -136,4 +138,5 @@ def work_of(config: RunConfig, stage: StageConfig, platform: str) -> Work:
         pipeline_parts=config.execution.pipeline.microbatches,
         pipeline_repeats=config.execution.pipeline.groups,
         width_bytes=jnp.dtype(compute.dtype).itemsize,
+        dcn_fsdp=config.execution.mesh.dcn_fsdp,
     )

@@ -65,6 +65,16 @@ def test_two_slices_and_the_network_between_them() -> None:
     assert few.binding == "dcn" and few.dcn > few.ici
 
 
+def test_shards_that_span_slices_gather_over_the_network() -> None:
+    """In every part of the batch; a gradient of replicas crosses it once a step."""
+    two, parts = parse("v5e:16x16", 2), dataclasses.replace(GPT, microbatches=4)
+    replicas = step_time(parts, Shards(2, 256, 1, 1, 1), two, PARAMETERS)
+    work = dataclasses.replace(parts, dcn_fsdp=2)
+    spanning = step_time(work, Shards(1, 512, 1, 1, 1), two, PARAMETERS)
+    assert spanning.dcn > replicas.dcn and spanning.by_axis["fsdp"] > 0
+    assert spanning.dcn == pytest.approx(sent_bytes(work, Shards(1, 512, 1, 1, 1), PARAMETERS)["fsdp"] / 511 / 2.5e9)
+
+
 def test_bytes_sent() -> None:
     """FSDP: every weight is gathered twice and reduced once, in bf16; tensor: four sums of activations a layer."""
     sent = sent_bytes(GPT, Shards(1, 64, 1, 1, 4), PARAMETERS)

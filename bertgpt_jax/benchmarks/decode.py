@@ -1,12 +1,18 @@
 """Benchmark `decode`: greedy continuations by a GPT-2-shaped random model beside `transformers.generate`, fp32.
 
 Prefill is a call for one new token. Decoding is what a call for all of them takes beyond that, for both sides alike.
-`--cpus 1` measures what the second thread gives.
+What the techniques of ours give is measured beside it, each taken out or put in alone; of threads, in another process
+that has one CPU.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,10 +30,12 @@ from bertgpt_jax.generation.continuation import Continuation, right_aligned, rou
 from bertgpt_jax.generation.decode import Cache, GptDecoder
 from bertgpt_jax.generation.loop import advance, begin
 from bertgpt_jax.generation.sampling import Sampling, row_keys
+from bertgpt_jax.models.gpt import GptConfig
 from bertgpt_jax.nn.attention import KeyValues
 from bertgpt_jax.nn.blocks import unstack
 from bertgpt_jax.shapes import Array, Params, PyTree
 from bertgpt_jax.transfer.load import Loaded
+from bertgpt_jax.transfer.source import nested, parameter_shapes
 
 GREEDY = Sampling(temperature=0)
 AGREE = 1e-3
@@ -67,6 +75,9 @@ def run(settings: Settings) -> Result:
         found = _beside_transformers(model, loaded, prompts, settings, rounds, facts)
         comparisons[f"batch {batch}"] = found
         rows += _rows(found, batch, settings, ratios)
+        if settings.techniques and hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) > 1:
+            comparisons[f"one CPU, batch {batch}"] = alone = _with_one_cpu(settings, batch)
+            rows += _thread_rows(found, alone, batch, settings)
         if settings.techniques:
             apart = compare(_techniques(loaded, prompts, settings), rounds, 1)
             comparisons[f"techniques, batch {batch}"] = apart
@@ -88,10 +99,7 @@ def _beside_transformers(
 
     decoder = GptDecoder(loaded.model_config, settings.vocabulary)
     params = decoder.layout(loaded.params)
-    inputs = torch.as_tensor(prompts)
-
-    def ours(new: int) -> list[list[int]]:
-        return Continuation(decoder, params, GREEDY, new).run(prompts)
+    inputs, ours = torch.as_tensor(prompts), _continuer(decoder, params, prompts)
 
     def theirs(new: int) -> Any:
         with torch.inference_mode():
@@ -110,35 +118,91 @@ def _beside_transformers(
     same = np.mean(np.all(np.array(ours(settings.new)) == theirs(settings.new).numpy(), 1))
     facts[f"batch {len(prompts)}"] = {"first_logits_apart": apart, "rows_with_equal_tokens": float(same)}
 
-    calls = (("ours", ours), ("transformers", theirs))
-    sides = [
+    return compare(_sides({"ours": ours, "transformers": theirs}, settings), rounds, 1)
+
+
+def _continuer(decoder: GptDecoder, params: PyTree, prompts: np.ndarray) -> Callable[[int], list[list[int]]]:
+    return lambda new: Continuation(decoder, params, GREEDY, new).run(prompts)
+
+
+def _sides(calls: dict[str, Callable[[int], Any]], settings: Settings) -> list[Side]:
+    """A call for all new tokens and one for the first, of each."""
+    return [
         Side(f"{name}, {new} tokens", lambda: None, lambda _, call=call, new=new: call(new))
         for new in (settings.new, 1)
-        for name, call in calls
+        for name, call in calls.items()
     ]
-    return compare(sides, rounds, 1)
+
+
+def _parts(found: dict[str, Any], name: str, settings: Settings) -> tuple[float, float]:
+    """Median seconds of (prefill, decoding)."""
+    whole, first = (found["seconds"][f"{name}, {new} tokens"]["median"] for new in (settings.new, 1))
+    return first, whole - first
 
 
 def _rows(found: dict[str, Any], batch: int, settings: Settings, ratios: dict[str, float]) -> list[Row]:
     """Prefill and decoding apart, from the medians; decoding has the issue's bars."""
-    seconds = {name: spread["median"] for name, spread in found["seconds"].items()}
-    shape, rows, took = f"GPT-2 small, batch {batch}", [], {}
+    shape, rows, prefills, took = f"GPT-2 small, batch {batch}", [], {}, {}
     for name in ("ours", "transformers"):
-        prefill, whole = seconds[f"{name}, 1 tokens"], seconds[f"{name}, {settings.new} tokens"]
-        took[name] = whole - prefill
+        prefills[name], took[name] = _parts(found, name, settings)
         rows += [
             Row(
                 f"{shape}, prefill of {settings.prompt} tokens a row, {name}",
-                batch * settings.prompt / prefill,
+                batch * settings.prompt / prefills[name],
                 "tokens/s",
             ),
             Row(f"{shape}, decoding, {name}", batch * (settings.new - 1) / took[name], "tokens/s"),
         ]
     ratio = took["transformers"] / took["ours"]
     ratios[f"transformers, decoding, batch {batch}"] = ratio
-    ratios[f"transformers, prefill, batch {batch}"] = seconds["transformers, 1 tokens"] / seconds["ours, 1 tokens"]
+    ratios[f"transformers, prefill, batch {batch}"] = prefills["transformers"] / prefills["ours"]
     bar = {1: 1.6, 32: 1.0}.get(batch)
     return [*rows, Row(f"{shape}, decoding over transformers", ratio, "x", bar)]
+
+
+# ---------------------------------------------------------------- threads
+
+_ALONE = """
+import sys
+from bertgpt_jax.benchmarks.harness import use_cpus
+use_cpus(1)
+from bertgpt_jax.benchmarks.decode import measure_alone
+measure_alone(sys.argv[1], int(sys.argv[2]))
+"""
+
+
+def _with_one_cpu(settings: Settings, batch: int) -> dict[str, Any]:
+    """Our side in a process confined to one CPU: how many threads there are is settled when a process begins."""
+    command = [sys.executable, "-c", _ALONE, settings.model_dump_json(), str(batch)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise DataError(f"benchmark decode on one CPU ended with {done.returncode}: {done.stderr.strip()[-300:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure_alone(settings_json: str, batch: int) -> None:
+    """Prints what `compare` finds for our side alone, with random parameters of the same shape."""
+    settings = Settings.model_validate_json(settings_json)
+    sizes = dict(num_layers=settings.layers, hidden_size=settings.hidden, num_heads=settings.heads)
+    config = GptConfig(
+        **sizes, intermediate_size=4 * settings.hidden, vocab_size=settings.vocabulary, max_positions=settings.positions
+    )
+    rng = np.random.default_rng(0)
+    shapes = {path: shape for path, (_, shape) in parameter_shapes(config).items()}
+    params = nested({path: rng.standard_normal(shape, np.float32) * 0.02 for path, shape in shapes.items()})
+    decoder = GptDecoder(config, settings.vocabulary)
+    prompts = rng.integers(0, settings.vocabulary, (batch, settings.prompt))
+    ours = _continuer(decoder, decoder.layout(params), prompts)
+    print(json.dumps(compare(_sides({"ours": ours}, settings), max(settings.rounds // 3, 1), 1)))
+
+
+def _thread_rows(found: dict[str, Any], alone: dict[str, Any], batch: int, settings: Settings) -> list[Row]:
+    """What one CPU takes over what all of them take."""
+    many, one = (_parts(each, "ours", settings) for each in (found, alone))
+    return [
+        Row(f"GPT-2 small, batch {batch}, {part}: with one thread over ours", b / a, "x")
+        for part, a, b in zip(("prefill", "decoding"), many, one, strict=True)
+    ]
 
 
 # ---------------------------------------------------------------- techniques

@@ -87,14 +87,18 @@ def write_tensors(source: Source, family: Family, rows: list[Name], writer: Tens
     for copy, original in family.shared(source.model_config).items():
         copies.setdefault(original, []).append(copy)
     for row in rows:
-        array = source.read([row.ours])[row.ours]
-        for i in range(len(array)) if row.stacked else (None,):
-            part = array if i is None else array[i]
-            name = row.theirs.format(i=i)
-            for target in (name, *copies.get(name, ())):
-                writer.put(target, row.region(part.shape), row.to_theirs(part))
-        del array
+        _write_row(source, row, copies, writer)
     writer.finish()
+
+
+def _write_row(source: Source, row: Name, copies: dict[str, list[str]], writer: TensorWriter) -> None:
+    """One array of ours; a function of its own, at whose end no view keeps it while the next is read."""
+    array = source.read([row.ours])[row.ours]
+    for i in range(len(array)) if row.stacked else (None,):
+        part = array if i is None else array[i]
+        name = row.theirs.format(i=i)
+        for target in (name, *copies.get(name, ())):
+            writer.put(target, row.region(part.shape), row.to_theirs(part))
 
 
 def prove(

@@ -52,20 +52,8 @@ def compare_bits(source: Source, family: Family, rows: Sequence[Name], files: Te
     Raises:
         ProofFailed: naming the first tensor that differs, and the layer.
     """
-    kind = jnp.dtype(dtype)
     for row in rows:
-        array = source.read([row.ours])[row.ours]
-        for i in range(len(array)) if row.stacked else (None,):  # one layer at a time: a copy of all would not fit
-            part, name = (array, row.theirs) if i is None else (array[i], row.theirs.format(i=i))
-            expected = part[max(row.skipped_rows, 0) :].astype(kind)
-            found = row.to_ours(files.read(name)[row.region(part.shape)], part.shape)[max(row.skipped_rows, 0) :]
-            if found.dtype != kind or not np.array_equal(_bits(found), _bits(expected)):
-                wrong = int(np.sum(found != expected))
-                raise ProofFailed(
-                    f"'{name}' read back differs from {row.ours} of {source.label} in {wrong:,} of {found.size:,} "
-                    "numbers"
-                )
-        del array
+        _compare_row(source, row, files, jnp.dtype(dtype))
     for copy, original in family.shared(source.model_config).items():
         if not np.array_equal(files.read(copy), files.read(original)):
             raise ProofFailed(f"'{copy}' read back differs from '{original}', which it repeats")
@@ -73,6 +61,20 @@ def compare_bits(source: Source, family: Family, rows: Sequence[Name], files: Te
         if files.read(name).any():
             raise ProofFailed(f"'{name}' read back is not zero")
     return len(files.shapes)
+
+
+def _compare_row(source: Source, row: Name, files: TensorFiles, kind: np.dtype) -> None:
+    """One array of ours; a function of its own, at whose end no view keeps it while the next is read."""
+    array = source.read([row.ours])[row.ours]
+    for i in range(len(array)) if row.stacked else (None,):  # one layer at a time: a copy of all would not fit
+        part, name = (array, row.theirs) if i is None else (array[i], row.theirs.format(i=i))
+        expected = part[max(row.skipped_rows, 0) :].astype(kind)
+        found = row.to_ours(files.read(name)[row.region(part.shape)], part.shape)[max(row.skipped_rows, 0) :]
+        if found.dtype != kind or not np.array_equal(_bits(found), _bits(expected)):
+            wrong = int(np.sum(found != expected))
+            raise ProofFailed(
+                f"'{name}' read back differs from {row.ours} of {source.label} in {wrong:,} of {found.size:,} numbers"
+            )
 
 
 def _bits(array: np.ndarray) -> np.ndarray:

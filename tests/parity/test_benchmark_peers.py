@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 
-from bertgpt_jax.benchmarks import cpu_bert, cpu_gpt, data
+from bertgpt_jax.benchmarks import cpu_bert, cpu_gpt, data, decode
 from bertgpt_jax.benchmarks.data_peers import Rows, features
 from bertgpt_jax.benchmarks.updates import agreed_losses
 from bertgpt_jax.errors import DataError
@@ -30,6 +32,23 @@ def test_updates_of_bert_with_and_without_the_gather():
 def test_updates_of_gpt():
     result = cpu_gpt.run(cpu_gpt.Settings(**TINY))
     assert set(result.facts["losses"]) == {"ours", "eager"} and set(result.ratios) == {"eager"}
+
+
+@pytest.mark.slow
+def test_decoding_and_what_its_techniques_give():
+    """Both sides write the same tokens; the head, the cache, the loop and threads are each measured alone."""
+    sizes = dict(layers=2, hidden=24, heads=3, vocabulary=150, positions=64, prompt=8, new=6)
+    result = decode.run(decode.Settings(**sizes, batches=(1, 2), rounds=1, technique_tokens=2))
+    for batch in (1, 2):
+        assert result.facts[f"batch {batch}"]["rows_with_equal_tokens"] == 1.0
+        said = " | ".join(row.measure for row in result.rows if f"batch {batch}," in row.measure)
+        for part in ("prefill of 8 tokens", "decoding over transformers", "transposed copy of the head",
+                     "cache as [B, S, N, H]", "a call a token", "stacked layers"):  # fmt: skip
+            assert part in said, said
+        if len(os.sched_getaffinity(0)) > 1:
+            assert "prefill: with one thread" in said and "decoding: with one thread" in said
+    assert all(np.isfinite(row.value) for row in result.rows)
+    assert [row.least for row in result.rows if "over transformers" in row.measure] == [1.6, None]
 
 
 class Fixed:

@@ -24,8 +24,8 @@ examples:
 Each process gets JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, which training reads. Their lines are
 printed with the process number. When one fails the others have some seconds to end by themselves and are then stopped.
 The exit code is that of the process that failed first; of one that a signal ended, 128 + the signal, but 76 for
-SIGABRT, with which jax ends a process whose peers are gone. With --max-restarts, the job starts again after 75 (stopped on request), 76 (a process was lost) and signals, as the
-supervisor of a pod would; other codes need a person.
+SIGABRT, with which jax ends a process whose peers are gone. With --max-restarts, the job starts again after 75 (stopped
+on request), 76 (a process was lost) and signals, as the supervisor of a pod would; other codes need a person.
 """
 
 GRACE_SECONDS = 20.0

@@ -17,7 +17,7 @@ ALONE = {
     "TPU_ACCELERATOR_TYPE": "v5e-16",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-"""What libtpu reads so that it asks no metadata server and takes no lock; the accelerator type need not be the pod's."""
+"""What libtpu reads so that it asks no metadata server and takes no lock; the accelerator need not be the pod's."""
 
 
 @functools.cache

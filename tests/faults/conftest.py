@@ -54,14 +54,25 @@ class Run:
         """Where the run writes."""
         return self.directory / self.name
 
-    def start(self, faults: dict[str, Any], *overrides: str, devices: int = 8, wrapped: str = "") -> subprocess.Popen:
-        """A process that trains; `wrapped` names its log of batches where there are several."""
+    def start(
+        self,
+        faults: dict[str, Any],
+        *overrides: str,
+        devices: int = 8,
+        wrapped: str = "",
+        package: Path = HERE.parent.parent,
+    ) -> subprocess.Popen:
+        """A process that trains; `wrapped` names its log of batches where there are several.
+
+        `package` is the directory that the package is imported from.
+        """
         patience = "--xla_cpu_collective_call_terminate_timeout_seconds=600"  # as in tests/conftest.py
         flags = f"--xla_force_host_platform_device_count={devices} {patience}"
         environment = os.environ | {
             "XLA_FLAGS": flags,
-            "PYTHONPATH": str(HERE.parent.parent),
+            "PYTHONPATH": str(package),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "NPROC": "16",  # threads of XLA's pool: each collective that waits for other processes holds one
         }
         batches = self.directory / f"{self.name}.batches{wrapped}"
         command = [sys.executable, HERE / "faulty_train.py", json.dumps(faults), batches, HERE / "tiny.py"]
@@ -75,16 +86,37 @@ class Run:
 
     def pair(self, faults: dict[str, Any], *overrides: str, second: tuple[str, ...] = ()) -> list[Ended]:
         """Trains in two processes of four devices; the second has the faults and the overrides in `second`."""
+        return self.several(2, *overrides, odd=1, change=second, faults=faults)
+
+    def several(
+        self,
+        count: int,
+        *overrides: str,
+        odd: int | None = None,
+        change: tuple[str, ...] = (),
+        faults: dict[str, Any] | None = None,
+        package: Path = HERE.parent.parent,
+    ) -> list[Ended]:
+        """Trains in `count` processes of eight devices together.
+
+        Process `odd` alone (None: all) has the faults, the overrides in `change`, and its package from `package`.
+        """
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
-        common = (f"execution.distributed.coordinator=127.0.0.1:{port}", "execution.distributed.num_processes=2")
+        place = "execution.distributed"
+        common = (*overrides, f"{place}.coordinator=127.0.0.1:{port}", f"{place}.num_processes={count}")
         children = []
-        for rank in (0, 1):
-            own = (f"execution.distributed.process_id={rank}", *(second if rank else ()))
-            children.append(self.start(faults if rank else {}, *overrides, *common, *own, devices=4, wrapped=str(rank)))
+        for rank in range(count):
+            mine = odd is None or rank == odd
+            own = (*common, f"{place}.process_id={rank}", *(change if mine else ()))
+            where = package if mine else HERE.parent.parent
+            started = self.start(
+                (faults or {}) if mine else {}, *own, devices=8 // count, wrapped=str(rank), package=where
+            )
+            children.append(started)
         try:
-            with ThreadPoolExecutor(2) as waiting:
+            with ThreadPoolExecutor(count) as waiting:
                 return list(waiting.map(ended, children))
         finally:
             for child in children:

@@ -78,8 +78,8 @@ def held_bytes(tree: PyTree, sizes: Mapping[str, int]) -> int:
     return total
 
 
-def memory(work: Work, shards: Shards, state: Mapping[str, Any], batch: Mapping[str, Any]) -> Memory:
-    """What a step needs.
+def given_bytes(shards: Shards, state: Mapping[str, Any], batch: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Bytes on one device of (parameters, optimizer's state, batch).
 
     Args:
         state: abstract training state whose leaves carry shardings; of a mesh of any size.
@@ -89,10 +89,14 @@ def memory(work: Work, shards: Shards, state: Mapping[str, Any], batch: Mapping[
         ConfigError: a dimension that the mesh does not divide.
     """
     sizes = dict(zip(AXES, shards, strict=True))
-    params, optimizer = held_bytes(state["params"], sizes), held_bytes(state["optimizer"], sizes)
     rows = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(dict(batch))) // shards.rows
-    gradients = params * (2 if work.microbatches > 1 else 1)
-    return Memory(params, optimizer, rows, gradients, saved_bytes(work, shards), working_bytes(work, shards))
+    return held_bytes(state["params"], sizes), held_bytes(state["optimizer"], sizes), rows
+
+
+def memory(work: Work, shards: Shards, given: tuple[int, int, int]) -> Memory:
+    """What a step needs, `given` what it is given (`given_bytes`)."""
+    gradients = given[0] * (2 if work.microbatches > 1 else 1)
+    return Memory(*given, gradients, saved_bytes(work, shards), working_bytes(work, shards))
 
 
 def positions(work: Work, shards: Shards) -> float:

@@ -14,7 +14,7 @@ from bertgpt_jax.errors import ConfigError
 from bertgpt_jax.parallel import context
 from bertgpt_jax.parallel.mesh import AXES, MeshConfig, make_mesh
 from bertgpt_jax.planning.compiled import Compiled, compile_step
-from bertgpt_jax.planning.memory import Memory, memory
+from bertgpt_jax.planning.memory import Memory, given_bytes, memory
 from bertgpt_jax.planning.places import Place
 from bertgpt_jax.planning.roofline import StepTime, sent_bytes, step_time
 from bertgpt_jax.planning.work import Shards, Work, work_of
@@ -243,7 +243,7 @@ def make_plan(prepared: Prepared, *, compiling: bool = True, price: float | None
 def model_memory(prepared: Prepared, stage: StageConfig, work: Work, shards: Shards) -> Memory:
     """Bytes of a stage's step by the analytic model."""
     state = stage_state(prepared.program, stage)
-    return memory(work, shards, state, prepared.program.abstract_batch(stage))
+    return memory(work, shards, given_bytes(shards, state, prepared.program.abstract_batch(stage)))
 
 
 def _plan_stage(prepared: Prepared, index: int, compiling: bool) -> StagePlan:

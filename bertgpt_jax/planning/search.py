@@ -10,7 +10,7 @@ from typing import Any
 
 from bertgpt_jax.errors import ConfigError
 from bertgpt_jax.parallel.mesh import AXES, MeshConfig
-from bertgpt_jax.planning.memory import memory
+from bertgpt_jax.planning.memory import given_bytes, memory
 from bertgpt_jax.planning.places import Place, torus_shapes
 from bertgpt_jax.planning.plan import Plan, Prepared, fits, make_plan, prepare
 from bertgpt_jax.planning.roofline import step_time
@@ -22,6 +22,8 @@ REMAT = ("none", "gelu", "dots", "full")
 MICROBATCHES = (1, 2, 4, 8, 16, 32, 64)
 LARGEST_TENSOR = 16
 """More shards of a matrix than this leave each too narrow for the matrix unit in every model we ship."""
+LARGEST_PIPE = 16
+"""More stages wait for one another longer than sharding costs, on every torus we know."""
 LONG = 8192
 """Sequences from here on may be split over the context axis."""
 ROOM = 0.92
@@ -55,14 +57,15 @@ def candidates(prepared: Prepared, stage: StageConfig) -> list[Candidate]:
     base = work_of(prepared.config, stage, prepared.place.chip.platform)
     found, room = [], prepared.place.chip.usable_bytes * ROOM
     for shards in meshes(prepared.place, base):
+        try:
+            given = given_bytes(shards, state, batch)
+        except ConfigError:
+            continue  # a dimension that this mesh does not divide
         for remat, parts in itertools.product(REMAT, MICROBATCHES):
             work = dataclasses.replace(base, remat=remat, microbatches=parts)
             if stage.batch_size % (shards.rows * parts) or not pipeline_parts(work, shards):
                 continue
-            try:
-                needed = memory(work, shards, state, batch).total
-            except ConfigError:
-                break  # a dimension that this mesh does not divide
+            needed = memory(work, shards, given).total
             if needed <= room:
                 seconds = step_time(work, shards, prepared.place, prepared.program.parameters).total
                 found.append(Candidate(shards, remat, parts, needed, seconds))
@@ -70,28 +73,17 @@ def candidates(prepared: Prepared, stage: StageConfig) -> list[Candidate]:
 
 
 def meshes(place: Place, work: Work) -> Iterator[Shards]:
-    """Meshes of all chips whose axes divide what they split."""
-    per_slice = place.slice_chips
-    for tensor in _divisors(math.gcd(per_slice, math.gcd(work.heads, work.feed_forward))):
-        if tensor > LARGEST_TENSOR:
+    """Meshes of all chips whose axes divide what they split; sequences, where they are long."""
+    chips = place.slice_chips
+    for tensor, pipe in itertools.product(_divisors(math.gcd(work.heads, work.feed_forward)), _divisors(work.layers)):
+        if tensor > LARGEST_TENSOR or pipe > LARGEST_PIPE or chips % (tensor * pipe):
             continue
-        contexts = _divisors(math.gcd(per_slice // tensor, work.length)) if work.length >= LONG else [1]
-        for context, pipe in itertools.product(contexts, _divisors(math.gcd(per_slice // tensor, work.layers))):
-            left, rest = divmod(per_slice, tensor * context * pipe)
-            if rest:
-                continue
-            for fsdp in _divisors(left):
-                shards = Shards(left // fsdp * place.slices, fsdp, pipe, context, tensor)
-                if work.rows % shards.rows == 0 and _is_available(shards, place):
+        left = chips // (tensor * pipe)
+        for context in _divisors(math.gcd(left, work.length)) if work.length >= LONG else [1]:
+            for fsdp in _divisors(left // context):
+                shards = Shards(left // context // fsdp * place.slices, fsdp, pipe, context, tensor)
+                if work.rows % shards.rows == 0:
                     yield shards
-
-
-def _is_available(shards: Shards, place: Place) -> bool:
-    try:
-        MeshConfig(**dict(zip(AXES, shards, strict=True))).resolve(place.chips)
-    except ConfigError:
-        return False
-    return True
 
 
 def _divisors(n: int) -> list[int]:

@@ -5,7 +5,7 @@ Every layer is dense; the paper alternates with locally banded sparse ones.
 Paper:    Brown et al. 2020, table 2.1 and appendix B
 Command:  python tools/train.py configs/gpt3/125m.py corpus.path='text/*.jsonl.gz' --workdir runs/gpt3-125m
 Hardware: V100s on a cluster, not said how many; planned here for v5e:4x4
-Plan:     v5e:4x4 fits: 8.0 of 15.75 GiB a chip (by the model), MFU 35%, 2.7 days predicted
+Plan:     v5e:4x4 fits: 8.9 of 15.75 GiB a chip (by the model), MFU 35%, 2.7 days predicted
 Hours:    not published
 Expect:   few-shot results of the paper's appendix H on its data; not reproduced by this project
 """

@@ -6,7 +6,7 @@ Every layer is dense; the paper alternates with locally banded sparse ones.
 Paper:    Brown et al. 2020, table 2.1 and appendix B
 Command:  python tools/train.py configs/gpt3/13b.py corpus.path='text/*.jsonl.gz' --workdir runs/gpt3-13b
 Hardware: V100s on a cluster, not said how many; planned here for v5p-512
-Plan:     v5p-512 fits: 33.2 of 95.74 GiB a chip (by the model), MFU 75%, 3.5 days predicted
+Plan:     v5p-512 fits: 33.0 of 95.74 GiB a chip (compiled), MFU 75%, 3.5 days predicted
 Hours:    not published
 Expect:   few-shot results of the paper's appendix H on its data; not reproduced by this project
 """

@@ -6,7 +6,7 @@ Every layer is dense; the paper alternates with locally banded sparse ones.
 Paper:    Brown et al. 2020, table 2.1 and appendix B
 Command:  python tools/train.py configs/gpt3/2_7b.py corpus.path='text/*.jsonl.gz' --workdir runs/gpt3-2-7b
 Hardware: V100s on a cluster, not said how many; planned here for v5e:16x16
-Plan:     v5e:16x16 fits: 5.8 of 15.75 GiB a chip (by the model), MFU 32%, 4.0 days predicted
+Plan:     v5e:16x16 fits: 6.4 of 15.75 GiB a chip (by the model), MFU 32%, 4.0 days predicted
 Hours:    not published
 Expect:   few-shot results of the paper's appendix H on its data; not reproduced by this project
 """

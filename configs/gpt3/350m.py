@@ -5,7 +5,7 @@ Every layer is dense; the paper alternates with locally banded sparse ones.
 Paper:    Brown et al. 2020, table 2.1 and appendix B
 Command:  python tools/train.py configs/gpt3/350m.py corpus.path='text/*.jsonl.gz' --workdir runs/gpt3-350m
 Hardware: V100s on a cluster, not said how many; planned here for v5e:4x4
-Plan:     v5e:4x4 fits: 6.8 of 15.75 GiB a chip (by the model), MFU 38%, 7.1 days predicted
+Plan:     v5e:4x4 fits: 7.9 of 15.75 GiB a chip (by the model), MFU 38%, 7.1 days predicted
 Hours:    not published
 Expect:   few-shot results of the paper's appendix H on its data; not reproduced by this project
 """

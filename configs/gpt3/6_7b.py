@@ -5,7 +5,7 @@ Every layer is dense; the paper alternates with locally banded sparse ones.
 Paper:    Brown et al. 2020, table 2.1 and appendix B
 Command:  python tools/train.py configs/gpt3/6_7b.py corpus.path='text/*.jsonl.gz' --workdir runs/gpt3-6-7b
 Hardware: V100s on a cluster, not said how many; planned here for v6e:16x16
-Plan:     v6e:16x16 fits: 21.8 of 31.25 GiB a chip (by the model), MFU 54%, 1.3 days predicted
+Plan:     v6e:16x16 fits: 21.7 of 31.25 GiB a chip (compiled), MFU 54%, 1.3 days predicted
 Hours:    not published
 Expect:   few-shot results of the paper's appendix H on its data; not reproduced by this project
 """

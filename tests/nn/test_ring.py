@@ -92,9 +92,16 @@ def check(got: tuple, want: tuple, tolerance: float = 1e-5) -> None:
         np.testing.assert_allclose(mine, theirs, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", list(masks()))
+QUICK = {("segments", 2), ("causal window", 4), ("nothing to see", 2)}
+
+
 @pytest.mark.parametrize(
-    "shards", [2, pytest.param(4, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)]
+    ("name", "shards"),
+    [
+        pytest.param(name, shards, marks=[] if (name, shards) in QUICK else [pytest.mark.slow])
+        for name in masks()
+        for shards in (2, 4, 8)
+    ],
 )
 def test_ring_equals_the_reference(name: str, shards: int) -> None:
     """Tiles of 3: several a shard, so that those that the mask leaves out are skipped."""
@@ -106,8 +113,17 @@ def test_ring_equals_the_reference(name: str, shards: int) -> None:
         check(both(lambda *a: ring_attention(*a, tile=3), mask, *qkvg), want)
 
 
-@pytest.mark.parametrize("name", ["causal", "causal segments", "causal window"])
-@pytest.mark.parametrize("shards", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("name", "shards"),
+    [
+        ("causal", 4),
+        *(
+            pytest.param(f"causal{rest}", n, marks=pytest.mark.slow)
+            for rest in (" segments", " window")
+            for n in (2, 8)
+        ),
+    ],
+)
 def test_ring_in_zigzag_order_equals_the_reference(name: str, shards: int) -> None:
     mask, qkvg = masks()[name], inputs()
     order = sequence.zigzag_order(LENGTH, shards)
@@ -116,6 +132,7 @@ def test_ring_in_zigzag_order_equals_the_reference(name: str, shards: int) -> No
     check(got, reordered(reference(mask, *qkvg), order))
 
 
+@pytest.mark.slow
 def test_ring_in_bfloat16_is_as_near_as_the_reference() -> None:
     mask, (q, k, v, g) = masks()["causal segments"], inputs()
     low = [x.astype(jnp.bfloat16) for x in (q, k, v)]
@@ -178,8 +195,14 @@ def test_a_ring_never_holds_all_keys(form: str) -> None:
     assert max(np.prod(shape) for shape in found) <= 2 * 14 * 14 * 3 or form == "all_gather", "no more than two tiles"
 
 
-@pytest.mark.parametrize("name", ["causal", "segments", "causal window"])
-@pytest.mark.parametrize("shards", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("name", "shards"),
+    [
+        ("causal", 2),
+        pytest.param("segments", 2, marks=pytest.mark.slow),
+        pytest.param("causal window", 4, marks=pytest.mark.slow),
+    ],
+)
 def test_splash_with_gathered_keys_equals_the_reference(name: str, shards: int) -> None:
     """The kernel, emulated; causal ones in zigzag order."""
     length = 256 * shards

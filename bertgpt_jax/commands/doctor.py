@@ -26,7 +26,8 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tens
 
 EXTRAS = {
     "cuda": ("jax_cuda13_plugin", "computing on an NVIDIA GPU"),
-    "tpu": ("libtpu", "computing on a TPU, or compiling for one without it"),
+    "tpu": ("libtpu", "computing on a TPU"),
+    "libtpu": ("libtpu", "compiling for TPUs without one"),
     "gcs": ("gcsfs", "workdirs and corpora at gs://"),
     "s3": ("s3fs", "workdirs and corpora at s3://"),
     "tfds": ("tensorflow", "downloading and preparing TensorFlow Datasets"),
@@ -207,7 +208,7 @@ def extras() -> Iterator[Finding]:
     """Extras that are missing; those of an accelerator only where one is seen."""
     kinds = {a.extra for a in visible_accelerators()}
     for extra, (module, purpose) in EXTRAS.items():
-        if extra in ("cuda", "tpu") and extra not in kinds:
+        if extra in ("cuda", "tpu", "libtpu") and extra not in kinds:
             continue
         if importlib.util.find_spec(module) is None:
             yield Finding(f"[{extra}]", f"not installed: {purpose}", "note", f"pip install 'bertgpt_jax[{extra}]'")

@@ -54,8 +54,9 @@ def use_compilation_cache(config: RunConfig, workdir: epath.Path) -> None:
         return
     path = storage.workdir_path(where) if chosen else epath.Path(Path(workdir).parent / ".compiled")
     if storage.is_local(path):
+        path = Path(path)  # epath has no mode
         try:
-            Path(path).mkdir(parents=True, exist_ok=True, mode=0o700)
+            path.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:  # a run does not need it, unless it was asked for
             if chosen:
                 raise StorageError(f"execution.compilation_cache = '{where}' cannot be made: {error}") from None

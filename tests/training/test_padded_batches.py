@@ -37,7 +37,8 @@ def test_gpt3s_first_batches_on_256_shards() -> None:
     """32k tokens are 16 rows of 2,048: 240 of 256 rows have no weight; full batches stay as they are."""
     ramp = batch_ramp(((0, 16), (4e9, 512), (8e9, 1024), (12e9, 1536)), 2048)
     gpt3 = stage(sequence_length=2048, batch_size=1536, batch_ramp=ramp)
-    program = types.SimpleNamespace(mesh=types.SimpleNamespace(shape={"data": 1, "fsdp": 256, "tensor": 4}))
+    mesh = types.SimpleNamespace(shape={"data": 1, "fsdp": 256, "pipe": 1, "context": 1, "tensor": 4})
+    program = types.SimpleNamespace(mesh=mesh)
     shapes = [setup.shape_config(program, gpt3, segment) for segment in gpt3.ramp().segments]
     assert [(shape.batch_size, shape.microbatches) for shape in shapes] == [(256, 1), (512, 1), (1024, 1), (1536, 1)]
     assert [segment.batch_size for segment in gpt3.ramp().segments] == [16, 512, 1024, 1536], "what is counted"

@@ -63,7 +63,7 @@ def test_on_a_mesh(shape: tuple[int, int]) -> None:
     mesh = jax.make_mesh(
         shape, ("rows", "words"), axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=jax.devices()[:4]
     )
-    with jax.set_mesh(mesh), nn.logical_axis_rules((("batch", "rows"), ("act_vocab", "words"))):
+    with jax.set_mesh(mesh), nn.logical_axis_rules((("rows", "rows"), ("act_vocab", "words"))):
         run = jax.jit(lambda *a: _both(linear_cross_entropy, *a, chunk=4, label_smoothing=0.1, z_loss=1e-3))
         got = run(*operands)
         text = run.lower(*operands).compile().as_text()

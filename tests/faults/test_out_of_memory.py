@@ -78,6 +78,7 @@ def train(config: Path, name: str) -> int:
     return main([str(config), "--workdir", str(config.parent / name)])
 
 
+@pytest.mark.slow
 def test_a_step_larger_than_the_machine(config: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """The devices are said to hold a little less than the step needs: found before the first step."""
     whole = needed(config)

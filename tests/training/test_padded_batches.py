@@ -52,7 +52,7 @@ def test_only_weights_change() -> None:
     assert without_weight(batch, np.zeros(3, bool)) is batch
 
 
-@pytest.mark.parametrize("kind", ["bert", "gpt"])
+@pytest.mark.parametrize("kind", ["bert", pytest.param("gpt", marks=pytest.mark.slow)])
 def test_a_filled_step_is_the_step(kind: str) -> None:
     """3 rows on one device and 3 of 8 rows on eight, dropout on: the same loss, gradients and parameters."""
     model, objective = (BertConfig, MaskedLMNSP) if kind == "bert" else (GptConfig, CausalLM)

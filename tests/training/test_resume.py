@@ -94,6 +94,7 @@ def watch_batches(patch: pytest.MonkeyPatch) -> dict[tuple[int, int], str]:
     return seen
 
 
+@pytest.mark.slow
 def test_another_mesh_and_logging(
     config: Path, copied: Callable, whole: dict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

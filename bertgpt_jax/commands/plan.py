@@ -98,7 +98,7 @@ def _weak_scaling(args: argparse.Namespace) -> int:
     if args.json == "-":
         print(json.dumps(scaling.as_json(points)))
         return 0
-    print(scaling.markdown(f"{args.config}: {points[0].rows // found[0].chips or '<1'} rows a chip", points))
+    print(scaling.markdown(f"{args.config}: {points[0].rows / found[0].chips:g} rows a chip", points))
     for name, known in scaling.published_scaling((1, 2, 4, 8, 16, 32)) if found[0].chip.name == "v5e" else ():
         print("\n" + scaling.markdown(f"{name} on slices of v5e-256, beside what MaxText published", known))
     return 0

@@ -138,15 +138,15 @@ class Attention(nn.Module):
             y_BTNH = Einsum("BTD,DNH->BTNH", shape, axes, c.weight_init(), name=name)(x_BTD)
             return constrain(y_BTNH, "batch", "length", "act_heads", None)
 
-        with jax.named_scope("attention"):
-            q_BTNH, k_BSNH, v_BSNH = project("query"), project("key"), project("value")
-            if cache is not None:
-                cache = cache.extended(k_BSNH, v_BSNH, slot)
-                k_BSNH, v_BSNH = (x_BNSH.swapaxes(1, 2) for x_BNSH in cache)
-            rate, key = c.attention_dropout, dropout_key(self)
+        q_BTNH, k_BSNH, v_BSNH = project("query"), project("key"), project("value")
+        if cache is not None:
+            cache = cache.extended(k_BSNH, v_BSNH, slot)
+            k_BSNH, v_BSNH = (x_BNSH.swapaxes(1, 2) for x_BNSH in cache)
+        rate, key = c.attention_dropout, dropout_key(self)
+        with jax.named_scope("dot_product_attention"):
             o_BTNH = dot_product_attention(q_BTNH, k_BSNH, v_BSNH, mask, rate, key, self.choice)
-            shape, axes = (c.num_heads, c.head_size, c.hidden_size), ("heads", "head_dim", "embed")
-            return Einsum("BTNH,NHD->BTD", shape, axes, c.weight_init(residual=True), name="output")(o_BTNH), cache
+        shape, axes = (c.num_heads, c.head_size, c.hidden_size), ("heads", "head_dim", "embed")
+        return Einsum("BTNH,NHD->BTD", shape, axes, c.weight_init(residual=True), name="output")(o_BTNH), cache
 
 
 class FeedForward(nn.Module):
@@ -165,14 +165,13 @@ class FeedForward(nn.Module):
     def __call__(self, x_BTD: Hidden) -> Hidden:
         c = self.config
         d, f = c.hidden_size, c.intermediate_size
-        with jax.named_scope("feed_forward"):
-            h_BTF = Einsum("BTD,DF->BTF", (d, f), ("embed", "mlp"), c.weight_init(), name="up")(x_BTD)
-            h_BTF = constrain(h_BTF, "batch", "length", "act_mlp")
-            # The activation belongs to the second map, so that recomputing both (the map's own product is not needed
-            # again) leaves h_BTF alone in memory; as two functions, the activated array would be kept for the kernel.
-            down = nn.remat(Einsum, prevent_cse=self.prevent_cse) if self.recompute_activation else Einsum
-            init, before = c.weight_init(residual=True), activation(c.activation)
-            return down("BTF,FD->BTD", (f, d), ("mlp", "embed"), init, before=before, name="down")(h_BTF)
+        h_BTF = Einsum("BTD,DF->BTF", (d, f), ("embed", "mlp"), c.weight_init(), name="up")(x_BTD)
+        h_BTF = constrain(h_BTF, "batch", "length", "act_mlp")
+        # The activation belongs to the second map, so that recomputing both (the map's own product is not needed
+        # again) leaves h_BTF alone in memory; as two functions, the activated array would be kept for the kernel.
+        down = nn.remat(Einsum, prevent_cse=self.prevent_cse) if self.recompute_activation else Einsum
+        init, before = c.weight_init(residual=True), activation(c.activation)
+        return down("BTF,FD->BTD", (f, d), ("mlp", "embed"), init, before=before, name="down")(h_BTF)
 
 
 class Block(nn.Module):

@@ -118,6 +118,7 @@ def _backward(settings, mesh, gradients, cotangents):
 _weighted_loss.defvjp(_forward, _backward)
 
 
+@jax.named_scope("linear_cross_entropy")
 def _run(settings: _Settings, mesh, want_gradients: bool, *operands):
     body = partial(_local, settings, want_gradients)
     if mesh is None:

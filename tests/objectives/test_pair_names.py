@@ -20,7 +20,11 @@ class Model:
         self._logits = logits
 
     def apply(self, variables, *inputs, rngs=None, method: str):
-        return {"head_inputs": (None, self._logits[1]), "logits": self._logits[0]}[method]
+        hidden = np.zeros((*self._logits[0].shape[:2], 2))
+        return {"head_inputs": (hidden, self._logits[1]), "logits": self._logits[0]}[method]
+
+    def head_weights(self, params):
+        return np.zeros((self._logits[0].shape[-1], 2)), None
 
 
 @pytest.mark.parametrize("kind", [SentencePairs, PackedPairs])

@@ -179,8 +179,9 @@ def test_profile_names_are_those_of_the_code(config: Path) -> None:
     # not the compiled text: the compilation cache would give names of before a change of names
     names = setup.lower_train_step(program, tree.stages[0]).as_text(debug_info=True)
     for words in (
-        "layers/attention/.*query/",
-        "layers/feed_forward/.*up/",
+        "layers/attention/query/",
+        "layers/feed_forward/up/",
+        "layers/attention/dot_product_attention/",
         "token_embedding",
         "optimizer[/)]",
         "cross_entropy[/)]",

@@ -22,6 +22,7 @@ from bertgpt_jax.objectives.masked_lm import MaskedLM
 from bertgpt_jax.parallel.mesh import MeshConfig, make_mesh
 from bertgpt_jax.training import setup
 from bertgpt_jax.training.run_config import ExecutionConfig, RunConfig, StageConfig
+from bertgpt_jax.training.schedules import Constant
 
 LEAST, MOST = 0.97, 1.05
 
@@ -61,7 +62,7 @@ def run(settings: Settings) -> Result:
 
 def counted(model: BertConfig | GptConfig, objective: MaskedLM | CausalLM, length: int, rows: int) -> dict[str, Any]:
     """FLOPs of one update: `compiled` and `analytic` (attention in full, as the reference path computes it)."""
-    stage = StageConfig(steps=1, sequence_length=length, batch_size=rows)
+    stage = StageConfig(steps=1, sequence_length=length, batch_size=rows, schedule=Constant(peak=1e-4))
     # a chunk of all positions: left open, the head would be cut on the CPU
     chunk = round(objective.scored_share(length) * length)
     compute = ComputeConfig(unroll_layers=True, attention="reference", head_chunk=chunk)

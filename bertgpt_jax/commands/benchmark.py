@@ -19,17 +19,21 @@ BENCHMARKS = {
     "cpu_bert": "a BERT training step on CPU cores beside transformers, eager and torch.compile",
     "cpu_gpt": "a GPT training step on CPU cores beside transformers, eager and torch.compile",
     "decode": "tokens a second of a GPT-2 small on CPU cores beside transformers.generate, prefill and decoding apart",
+    "checkpoint": "what a save takes from training, and how it compares with a plain write of as many bytes",
+    "startup": "from the start of a process to its first step done: scanned and unrolled, cold and warm cache",
+    "time_to_loss": "seconds to a held-out loss on Shakespeare's characters beside a nanoGPT, eager and compiled",
+    "flops": "arithmetic of compiled steps over the formula that the utilisation is computed with",
 }
 """Name to its line of help; the code of `name` is `bertgpt_jax/benchmarks/name.py`: `Settings`, `run(settings)`."""
 
-ON_CPU = frozenset({"data", "cpu_bert", "cpu_gpt", "decode"})
+ON_CPU = frozenset({"data", "cpu_bert", "cpu_gpt", "decode", "checkpoint", "startup", "time_to_loss", "flops"})
 """Benchmarks that leave accelerators alone."""
 
 _DESCRIPTION = """\
 Measures a speed. Ours and its peers take turns in one process; medians, their spread, versions and hardware are written
 down. A machine on which others compute is refused, because sides slow down by different factors there."""
 
-_EPILOG = "benchmarks:\n" + "\n".join(f"  {name:10} {text}" for name, text in BENCHMARKS.items())
+_EPILOG = "benchmarks:\n" + "\n".join(f"  {name:12} {text}" for name, text in BENCHMARKS.items())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,95 @@
+"""The benchmarks of whole runs at tiny sizes: what they count, and that they say so when a side fails."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bertgpt_jax.benchmarks import checkpoint, flops, nanogpt_peer, startup, time_to_loss
+from bertgpt_jax.errors import DataError
+
+pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
+
+TINY = dict(layers=2, hidden=32, heads=2)
+
+
+def test_compiled_arithmetic_is_that_of_the_formula() -> None:
+    """Narrow models do more beside their matrix products; a layer left out or counted twice would be 20% and more."""
+    small = flops.Settings(
+        layers=3, hidden=192, heads=3, bert_vocabulary=2048, gpt_vocabulary=2048, bert_length=64, gpt_length=64,
+        tokens=1024,
+    )  # fmt: skip
+    result = flops.run(small)
+    assert [row.value for row in result.rows] == pytest.approx([1.05, 1.05], abs=0.06)
+    assert result.facts["bert"]["analytic"] < result.facts["gpt"]["analytic"], "its head reads 15% of the positions"
+
+
+def test_what_a_save_takes(tmp_path: Path) -> None:
+    settings = checkpoint.Settings(**TINY, vocabulary=200, length=16, steps=2, rounds=2, directory=str(tmp_path))
+    result = checkpoint.run(settings)
+    facts = result.facts
+    assert len(facts["rounds"]) == 2 and facts["state_bytes"] > 3 * 4 * 200 * 32
+    assert facts["bytes_on_disk"] > 0.9 * facts["state_bytes"], "random bits do not compress"
+    for found in facts["rounds"]:
+        assert found["lost"] == pytest.approx(found["call"] + found["disturbed"] - found["undisturbed"])
+        assert found["on_disk_after"] > found["call"] > 0
+    assert set(result.comparisons["alone"]["seconds"]) == {"save", "write"}
+
+
+@pytest.mark.slow
+def test_starts_with_and_without_a_cache() -> None:
+    settings = startup.Settings(**TINY, vocabulary=220, length=32, rows=8, rounds=1)
+    result = startup.run(settings)
+    assert set(result.facts["seconds"]) == {
+        f"{loop}, {start}" for loop in ("scan", "unrolled") for start in ("cold", "warm")
+    }
+    assert all(0.5 < seconds[0] < settings.timeout for seconds in result.facts["seconds"].values())
+
+
+def test_a_start_that_fails_says_why() -> None:
+    with pytest.raises(DataError, match="before its first step: error: stages.pretrain.batch_size 3 is not divisible"):
+        startup.run(startup.Settings(**TINY, vocabulary=220, rows=3, rounds=1))
+
+
+def text_of(directory: Path) -> str:
+    rng = np.random.default_rng(0)
+    words = "the cat sat on mats while some dogs ran after every bird they saw near old walls".split()
+    (directory / "text.txt").write_text(" ".join(rng.choice(words, 6000)))
+    return str(directory / "text.txt")
+
+
+@pytest.mark.slow
+@pytest.mark.parity
+def test_seconds_to_a_loss_and_what_was_kept_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch", reason="torch is not installed; pip install -e '.[parity]'")
+    kept = tmp_path / "kept.json"
+    settings = time_to_loss.Settings(
+        text=text_of(tmp_path), target=2.4, steps=200, eval_every=50, sides=("ours", "eager"), kept=str(kept)
+    )
+    result = time_to_loss.run(settings)
+    sides = result.facts["sides"]
+    assert set(result.ratios) == {"eager"} and set(sides) == {"ours", "eager"}
+    for side in sides.values():
+        assert side["curve"][-1][1] <= 2.4 and side["curve"][-1][0] == side["step"]
+    assert abs(sides["ours"]["step"] - sides["eager"]["step"]) <= 50, "the same recipe learns alike"
+    monkeypatch.setattr(time_to_loss, "_train", lambda *_: pytest.fail("kept sides are not trained again"))
+    assert time_to_loss.run(settings).facts == json.loads(json.dumps(result.facts))
+    with pytest.raises(pytest.fail.Exception):
+        time_to_loss.run(time_to_loss.Settings(**settings.model_dump() | {"target": 2.0}))
+
+
+def test_a_text_that_is_not_there() -> None:
+    with pytest.raises(DataError, match="no_such_text"):
+        time_to_loss.run(time_to_loss.Settings(text="no_such_text", sides=("ours",)))
+
+
+def test_the_schedule_of_the_peer_is_ours() -> None:
+    from bertgpt_jax.training.schedules import Cosine
+
+    ours = Cosine(peak=4e-3, warmup_steps=10, final_fraction=0.02, total_steps=100)
+    tree = ours.model_dump(mode="json")
+    theirs = [nanogpt_peer.rate(tree, step, 100) for step in range(100)]
+    np.testing.assert_allclose([float(ours(step)) for step in range(100)], theirs, rtol=2e-2, atol=5e-4)

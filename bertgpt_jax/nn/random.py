@@ -22,10 +22,10 @@ def bernoulli(key: Array, probability: float, shape: tuple[int, ...]) -> Array:
     For keys other than threefry's it is another mask instead, with the number of the part folded into the key.
     """
     part = part_of_rows()
-    if part is not None and jax.random.key_impl(key) == "threefry2x32" and math.prod(shape[1:]) < 2**32:
-        key = row_key(key, part * shape[0])
-    elif part is not None and jax.random.key_impl(key) != _ROWS:
+    if part is not None and math.prod(shape[1:]) >= 2**32:
         key = jax.random.fold_in(key, part)
+    elif part is not None and jax.random.key_impl(key) != _ROWS:
+        key = row_key(key, part * shape[0])
     return jax.random.bernoulli(key, probability, shape)
 
 
@@ -44,12 +44,15 @@ def parts_of_rows() -> int:
 def row_key(key: Array, first: Array, stride: int = 1) -> Array:
     """A key that draws rows `first`, `first + stride`, ... of what `key` draws for the whole batch.
 
-    How many is the first dimension of the shape drawn. It splits and folds as `key` does.
+    How many is the first dimension of the shape drawn. It splits and folds as `key` does. Of a key that is not
+    threefry's, which cannot draw rows alone, it is another key for each `first`.
 
     Args:
-        key: a threefry key [].
+        key: [].
         first: int [].
     """
+    if jax.random.key_impl(key) != "threefry2x32":
+        return jax.random.fold_in(key, first)
     place = jnp.stack([jnp.asarray(first), jnp.asarray(stride)]).astype(jnp.uint32)
     return jax.random.wrap_key_data(jnp.concatenate([jax.random.key_data(key), place]), impl=_ROWS)
 

@@ -27,6 +27,7 @@ def describe(config: RunConfig) -> str:
         f"vocabulary {program.config.model.vocab_size:,}"
         + ("" if config.model.vocab_size else " (assumed; the tokenizer decides)"),
         f"mesh         {sizes} on {jax.device_count()} x {jax.devices()[0].device_kind}",
+        *_pipeline(program),
         *_bytes(program),
         *[line for stage in program.config.stages for line in _stage(program, stage)],
         "parameters   (shape, logical sharding over the mesh)",
@@ -34,6 +35,17 @@ def describe(config: RunConfig) -> str:
     for name, leaf in flatten(program.abstract_state["params"]).items():
         lines.append(f"  {name:44} {str(leaf.shape):24} {tuple(leaf.sharding.spec)}")
     return "\n".join(lines)
+
+
+def _pipeline(program: Program) -> list[str]:
+    laid, rows = program.model.pipeline, []
+    for stage in program.config.stages if laid else ():
+        count = laid.microbatches(stage.batch_size // stage.microbatches)
+        rows.append(
+            f"pipeline     {stage.name}: {laid.stages} stages, {laid.repeats} groups of layers each, "
+            f"{count} microbatches; a stage is idle {laid.idle_share(count):.0%} of its time"
+        )
+    return rows
 
 
 def _bytes(program: Program) -> list[str]:

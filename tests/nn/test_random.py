@@ -43,3 +43,9 @@ def test_places_beyond_32_bits() -> None:
     words = jax.random.key_data(KEY)
     first, second = threefry2x32_p.bind(words[0], words[1], jnp.uint32([2, 2]), jnp.uint32([0, 1]))
     assert jax.random.bits(row_key(KEY, 2**20), (1, 2**13))[0, :2].tolist() == (first ^ second).tolist()
+
+
+def test_keys_of_another_kind_differ_by_row() -> None:
+    key = jax.random.key(0, impl="rbg")
+    draws = [jax.random.bits(row_key(key, first, 2), (2, 3)).tolist() for first in (0, 1)]
+    assert draws[0] != draws[1]

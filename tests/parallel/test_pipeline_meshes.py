@@ -16,9 +16,12 @@ from etils import epath
 from bertgpt_jax.commands import launch_local
 from bertgpt_jax.errors import ConfigError
 from bertgpt_jax.parallel import sharding
+from bertgpt_jax.parallel.mesh import make_mesh
+from bertgpt_jax.parallel.topology import describe as describe_topology
 from bertgpt_jax.planning.hlo import collectives
 from bertgpt_jax.training.checkpoint import Checkpoints, restore
-from bertgpt_jax.training.setup import check_batches, lower_train_step
+from bertgpt_jax.training.dry_run import describe
+from bertgpt_jax.training.setup import check_batches, lower_train_step, make_program
 
 PROGRAM = Path(__file__).with_name("pipe_runs.py")
 CIRCULAR = {"schedule": "circular"}
@@ -137,6 +140,28 @@ def test_stages_share_a_batch_and_divide_the_layers(pipes) -> None:
     assert program.model.pipeline == (4, 1, 16, 2, False)
 
 
+def test_a_dry_run_says_how_idle_stages_are(pipes) -> None:
+    config = pipes.run_config("gpt", {"data": 2, "pipe": 4}, CIRCULAR | {"microbatches": 4}, 2)
+    said = [line for line in describe(config).splitlines() if line.startswith("pipeline")]
+    assert said == [
+        "pipeline     pretrain: 4 stages, 2 groups of layers each, 4 microbatches; a stage is idle 27% of its time"
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.tpu_aot
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (extra `libtpu`)")
+@pytest.mark.parametrize("pipeline", [{}, CIRCULAR], ids=["gpipe", "circular"])
+def test_compiled_for_tpus(pipes, pipeline: dict) -> None:
+    """For sixteen v5e chips: what every turn sends along the stages goes to neighbours."""
+    config = pipes.run_config("gpt", {"fsdp": 2, "pipe": 4, "tensor": 2}, pipeline)
+    program = make_program(config, make_mesh(config.execution.mesh, describe_topology("v5e:4x4")))
+    text = lower_train_step(program, config.stages[0]).compile().as_text()
+    along = [c for c in collectives(text, program.mesh.shape) if "pipe" in c.axes]
+    turns = program.model.pipeline.iterations(program.model.pipeline.microbatches(pipes.ROWS))
+    assert {c.kind for c in along if c.count >= turns and c.kind != "all-to-all"} == {"collective-permute"}, along
+
+
 @pytest.mark.parametrize(
     ("mesh", "pipeline", "changes", "message"),
     [
@@ -156,7 +181,7 @@ def test_stages_share_a_batch_and_divide_the_layers(pipes) -> None:
 def test_what_does_not_divide_is_named_before_anything_is_traced(pipes, mesh, pipeline, changes, message) -> None:
     config = pipes.run_config("gpt", mesh, pipeline, **changes)
     with pytest.raises(ConfigError, match=message) as refusal:
-        check_batches(config, pipes.make_mesh(config.execution.mesh, jax.devices()[: int(np.prod([*mesh.values()]))]))
+        check_batches(config, make_mesh(config.execution.mesh, jax.devices()[: int(np.prod([*mesh.values()]))]))
     assert "\n" not in str(refusal.value) and refusal.value.exit_code == 78
 
 

@@ -72,7 +72,6 @@ class Run:
             "XLA_FLAGS": flags,
             "PYTHONPATH": str(package),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "NPROC": "16",  # threads of XLA's pool: each collective that waits for other processes holds one
         }
         batches = self.directory / f"{self.name}.batches{wrapped}"
         command = [sys.executable, HERE / "faulty_train.py", json.dumps(faults), batches, HERE / "tiny.py"]

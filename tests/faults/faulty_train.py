@@ -7,8 +7,6 @@ FAULTS is a JSON object:
     nan_from: step               from this step on every loss is not a number
     settled: true                every save is on disk before the next step, so that what a kill leaves is known
     bad_batch: n                 batch n of each stage raises an error
-    hang: n                      batch n of each stage never comes
-    count_reads: file            bytes that restoring a checkpoint reads are noted in `file`.PID
 
 Every batch that is trained on is noted in BATCH_LOG: one line of JSON a batch and process, a digest for each row.
 """
@@ -21,7 +19,6 @@ import json
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -178,41 +175,6 @@ def bad_batch(n: int) -> None:
     Ramped.batch = batch
 
 
-def hang(n: int) -> None:
-    """Building batch `n` of a stage takes for ever, as of a disk that does not answer."""
-    from bertgpt_jax.batches.ramp import Ramped
-
-    real = Ramped.batch
-
-    def batch(self: Ramped, number: int, *args: Any) -> Any:
-        if number == n:
-            time.sleep(10_000)
-        return real(self, number, *args)
-
-    Ramped.batch = batch
-
-
-def count_reads(file: str) -> None:
-    """Notes the bytes that TensorStore reads from files to restore a checkpoint."""
-    import tensorstore
-
-    from bertgpt_jax.training import restore
-
-    real = restore._read
-
-    def read() -> int:
-        found = tensorstore.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
-        return sum(value["value"] for metric in found for value in metric["values"])
-
-    def _read(*args: Any) -> Any:
-        before = read()
-        state = real(*args)
-        Path(f"{file}.{os.getpid()}").write_text(str(read() - before))
-        return state
-
-    restore._read = _read
-
-
 def main(faults: dict[str, Any], batch_log: Path, argv: list[str]) -> int:
     """Installs the faults and trains."""
     sys.modules["torch"] = None  # tensorboardX imports it where it is there, which takes longer than the run
@@ -229,10 +191,6 @@ def main(faults: dict[str, Any], batch_log: Path, argv: list[str]) -> int:
         settled()
     if "bad_batch" in faults:
         bad_batch(faults["bad_batch"])
-    if "hang" in faults:
-        hang(faults["hang"])
-    if "count_reads" in faults:
-        count_reads(faults["count_reads"])
     from bertgpt_jax.commands.train import main as train
 
     return train(argv)

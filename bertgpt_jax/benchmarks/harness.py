@@ -31,7 +31,7 @@ BUSY_SHARE = 0.10
 """Share of this machine's CPU time that others may take before a measurement counts as disturbed."""
 DRIFT = 0.10
 """Difference between the medians of the first and the second half of a side's times that is worth a mark."""
-PACKAGES = ("jax", "jaxlib", "numpy", "flax", "optax", "grain", "torch", "transformers", "tokenizers")
+PACKAGES = ("jax", "jaxlib", "numpy", "flax", "optax", "grain", "torch", "transformers", "tokenizers", "libtpu")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,12 @@ from typing import Any
 from bertgpt_jax.commands.common import add_platform, command_parser, run_command, select_platform
 from bertgpt_jax.errors import DataError, MachineBusy, UsageError
 
+UNTIMED = frozenset({"hlo", "memory_ladder"})
+"""Benchmarks that measure no time, and no accelerator either: others may use the machine."""
+
 BENCHMARKS = {
+    "hlo": "what must hold of steps compiled for TPUs that are not here (needs the extra libtpu)",
+    "memory_ladder": "memory of steps compiled for TPUs that are not here, technique by technique (extra libtpu)",
     "data": "batches a second: masks, windows, pairs, packing, beside Hugging Face collators and Grain per record",
     "cpu_bert": "a BERT training step on CPU cores beside transformers, eager and torch.compile",
     "cpu_gpt": "a GPT training step on CPU cores beside transformers, eager and torch.compile",
@@ -33,7 +38,7 @@ _DESCRIPTION = """\
 Measures a speed. Ours and its peers take turns in one process; medians, their spread, versions and hardware are written
 down. A machine on which others compute is refused, because sides slow down by different factors there."""
 
-_EPILOG = "benchmarks:\n" + "\n".join(f"  {name:12} {text}" for name, text in BENCHMARKS.items())
+_EPILOG = "benchmarks:\n" + "\n".join(f"  {name:14} {text}" for name, text in BENCHMARKS.items())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,13 +65,14 @@ def _benchmark(args: argparse.Namespace) -> int:
     if args.name not in BENCHMARKS:
         raise UsageError(f"benchmark '{args.name or ''}' is unknown; known: {', '.join(BENCHMARKS)}")
     harness.use_cpus(args.cpus)
-    select_platform("cpu" if args.name in ON_CPU else args.platform)
+    select_platform("cpu" if args.name in ON_CPU | UNTIMED else args.platform)
     module = importlib.import_module(f"bertgpt_jax.benchmarks.{args.name}")
     settings = apply_overrides(module.Settings(), args.settings)
     if args.print_settings:
         print(to_json(settings), end="")
         return 0
-    around = harness.look_around()
+    timed = args.name not in UNTIMED
+    around = harness.look_around() if timed else harness.Watch()
     if around.loaded and not args.allow_loaded:
         raise MachineBusy(
             f"others use {around.others + around.stolen:.0%} of this machine's CPU time, over the "
@@ -75,7 +81,7 @@ def _benchmark(args: argparse.Namespace) -> int:
     begun = time.perf_counter()
     with harness.Watch() as watch:
         result = module.run(settings)
-    found = harness.document(args.name, settings.model_dump(mode="json"), result, watch)
+    found = harness.document(args.name, settings.model_dump(mode="json"), result, watch if timed else around)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(found, indent=1) + "\n", "utf-8")

@@ -14,7 +14,18 @@ from pydantic import Field
 from bertgpt_jax.config import ADDED
 from bertgpt_jax.models.flops import stack_flops
 from bertgpt_jax.nn.blocks import BlockConfig, ComputeConfig, apply_layers, layer_stack
-from bertgpt_jax.nn.layers import Einsum, Embedding, LayerNorm, activation, constrain, dropout, dropout_key
+from bertgpt_jax.nn.layers import (
+    Einsum,
+    Embedding,
+    LayerNorm,
+    activation,
+    constrain,
+    dropout,
+    dropout_key,
+    first_rows,
+    hide_padding,
+    rounded_up,
+)
 from bertgpt_jax.nn.masks import AttentionMask
 from bertgpt_jax.nn.pipeline import Pipeline
 from bertgpt_jax.shapes import Array, Hidden, Params, Tokens
@@ -26,6 +37,12 @@ class BertConfig(BlockConfig):
     kind: Literal["bert"] = "bert"
     vocab_size: int | None = Field(
         default=None, ge=1, description="rows of the token table; None: the tokenizer's size"
+    )
+    vocab_multiple: Annotated[int, ADDED] = Field(
+        default=1,
+        ge=1,
+        description="the token table has a multiple of so many rows (128 suits TPUs and GPUs); those without a "
+        "token are zero, never win and are left out of exports",
     )
     max_positions: int = Field(default=512, ge=1, description="sequence positions, the offset's rows not counted")
     position_offset: int = Field(
@@ -50,6 +67,11 @@ class BertConfig(BlockConfig):
     initializer: Literal["normal", "truncated_normal"] = "truncated_normal"
     initializer_range: float = Field(default=0.02, gt=0)
     residual_initializer: Literal["same", "depth_scaled"] = "same"
+
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of the token table, those without a token included; `vocab_size` must be known."""
+        return rounded_up(self.vocab_size, self.vocab_multiple)
 
     def flops_per_token(self, sequence_length: int, scored: float = 1.0, *, halved: bool = False) -> float:
         """Training FLOPs an input token.
@@ -87,7 +109,8 @@ class Bert(nn.Module):
     def setup(self) -> None:
         c = self.config
         d, init, rows = c.hidden_size, c.weight_init(), c.max_positions + c.position_offset
-        self.token_embedding = Embedding(c.vocab_size, d, ("vocab", "embed"), init)
+        words = c.vocab_rows, d, ("vocab", "embed"), first_rows(init, c.vocab_size)
+        self.token_embedding = Embedding(*words)
         self.position_embedding = Embedding(rows, d, ("positions", "embed"), init)
         if c.type_vocab_size:
             self.type_embedding = Embedding(c.type_vocab_size, d, ("types", "embed"), init)
@@ -96,10 +119,10 @@ class Bert(nn.Module):
         self.masked_transform = Einsum("BPD,DE->BPE", (d, d), ("embed", "act_embed"), init)
         self.masked_norm = LayerNorm(d, c.norm_eps)
         self.masked_bias = self.param(
-            "masked_bias", nn.with_logical_partitioning(nn.initializers.zeros, ("vocab",)), (c.vocab_size,), jnp.float32
+            "masked_bias", nn.with_logical_partitioning(nn.initializers.zeros, ("vocab",)), (c.vocab_rows,), jnp.float32
         )
         if not c.tied_head:
-            self.masked_output = Embedding(c.vocab_size, d, ("vocab", "embed"), init)
+            self.masked_output = Embedding(*words)
         if c.next_sentence_head:
             self.pooler = Einsum("BD,DE->BE", (d, d), ("embed", "act_embed"), init)
             self.next_sentence = Einsum("BD,DC->BC", (d, 2), ("embed", "classes"), init)
@@ -131,6 +154,7 @@ class Bert(nn.Module):
         """Vocabulary logits [B, P, V] of what `masked_hidden` gives."""
         output = self.token_embedding if self.config.tied_head else self.masked_output
         logits_BPV = output.attend(x_BPD) + self.masked_bias.astype(x_BPD.dtype)
+        logits_BPV = hide_padding(logits_BPV, self.config.vocab_size)
         return constrain(logits_BPV, "rows", "predictions", "act_vocab")
 
     def masked_logits(self, x_BTD: Hidden, mask_positions_BP: Array) -> Array:

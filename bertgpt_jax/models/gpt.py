@@ -15,7 +15,16 @@ from bertgpt_jax.config import ADDED
 from bertgpt_jax.models.flops import stack_flops
 from bertgpt_jax.nn import sequence
 from bertgpt_jax.nn.blocks import BlockConfig, ComputeConfig, apply_layers, layer_stack
-from bertgpt_jax.nn.layers import Embedding, LayerNorm, constrain, dropout, dropout_key
+from bertgpt_jax.nn.layers import (
+    Embedding,
+    LayerNorm,
+    constrain,
+    dropout,
+    dropout_key,
+    first_rows,
+    hide_padding,
+    rounded_up,
+)
 from bertgpt_jax.nn.masks import AttentionMask
 from bertgpt_jax.nn.pipeline import Pipeline
 from bertgpt_jax.shapes import Array, Hidden, Logits, Params, Tokens
@@ -27,6 +36,12 @@ class GptConfig(BlockConfig):
     kind: Literal["gpt"] = "gpt"
     vocab_size: int | None = Field(
         default=None, ge=1, description="rows of the token table; None: the tokenizer's size"
+    )
+    vocab_multiple: Annotated[int, ADDED] = Field(
+        default=1,
+        ge=1,
+        description="the token table has a multiple of so many rows (128 suits TPUs and GPUs); those without a "
+        "token are zero, never win and are left out of exports",
     )
     max_positions: int = Field(default=1024, ge=1)
     num_layers: int = Field(default=12, ge=1)
@@ -48,6 +63,11 @@ class GptConfig(BlockConfig):
     residual_initializer: Literal["same", "depth_scaled"] = Field(
         default="depth_scaled", description="paper section 2.3; N counts both residual layers of a block (Megatron)"
     )
+
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of the token table, those without a token included; `vocab_size` must be known."""
+        return rounded_up(self.vocab_size, self.vocab_multiple)
 
     def flops_per_token(self, sequence_length: int, scored: float = 1.0, *, halved: bool = True) -> float:
         """Training FLOPs a token.
@@ -91,13 +111,14 @@ class Gpt(nn.Module):
     def setup(self) -> None:
         c = self.config
         init, position_init = c.weight_init(), nn.initializers.normal(c.position_initializer_range)
-        self.token_embedding = Embedding(c.vocab_size, c.hidden_size, ("vocab", "embed"), init)
+        words = c.vocab_rows, c.hidden_size, ("vocab", "embed"), first_rows(init, c.vocab_size)
+        self.token_embedding = Embedding(*words)
         self.position_embedding = Embedding(c.max_positions, c.hidden_size, ("positions", "embed"), position_init)
         self.layers = layer_stack(c, self.compute)
         if c.final_norm:
             self.final_norm = LayerNorm(c.hidden_size, c.norm_eps)
         if not c.tied_head:
-            self.output = Embedding(c.vocab_size, c.hidden_size, ("vocab", "embed"), init)
+            self.output = Embedding(*words)
 
     def embed(self, tokens_BT: Tokens, positions_BT: Tokens) -> Hidden:
         """What the layers read, in the compute dtype."""
@@ -127,5 +148,5 @@ class Gpt(nn.Module):
     def logits(self, x_BTD: Hidden) -> Logits:
         """Vocabulary logits of normalised hidden states."""
         output = self.token_embedding if self.config.tied_head else self.output
-        logits_BTV = output.attend(x_BTD)
+        logits_BTV = hide_padding(output.attend(x_BTD), self.config.vocab_size)
         return constrain(logits_BTV, "rows", "length", "act_vocab")

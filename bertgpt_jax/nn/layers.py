@@ -61,6 +61,33 @@ class Einsum(nn.Module):
         return y
 
 
+NEVER = -1e30
+"""The logit of what is no word."""
+
+
+def rounded_up(count: int, multiple: int) -> int:
+    """The smallest multiple from `count` on."""
+    return -(-count // multiple) * multiple
+
+
+def first_rows(init: Initializer, count: int) -> Initializer:
+    """`init` with zeros in the rows from `count` on; the rows before are those it draws without the others."""
+
+    def some(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+        rows = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+        return jnp.where(rows < count, init(key, shape, dtype), jnp.zeros((), dtype))
+
+    return some
+
+
+def hide_padding(logits: Array, words: int) -> Array:
+    """Logits [..., V'] of which those from `words` on can never win and have no gradient."""
+    if logits.shape[-1] == words:
+        return logits
+    ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    return jnp.where(ids < words, logits, jnp.asarray(NEVER, logits.dtype))
+
+
 class Embedding(nn.Module):
     """A table of vectors, looked up by id or used as the output projection of a tied head.
 

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec
 
 from bertgpt_jax.errors import ConfigError
 from bertgpt_jax.nn import sequence
+from bertgpt_jax.nn.layers import NEVER
 from bertgpt_jax.shapes import Array, Hidden
 
 
@@ -37,6 +38,7 @@ class _Settings(NamedTuple):
     chunk: int
     z_loss: float
     label_smoothing: float
+    words: int
     rows: tuple[str, ...]
     vocab: tuple[str, ...]
     length: tuple[str, ...]
@@ -52,6 +54,7 @@ def linear_cross_entropy(
     chunk: int,
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
+    words: int | None = None,
 ) -> HeadLoss:
     """sum of weights x cross_entropy(x table^T + bias, labels), T taken `chunk` positions at a time.
 
@@ -65,6 +68,7 @@ def linear_cross_entropy(
         chunk: divides T.
         z_loss: coefficient of log(Z)^2 (Chowdhery et al. 2022, section 5).
         label_smoothing: share of the target spread evenly over the vocabulary (Szegedy et al. 2016, section 7).
+        words: of the vocabulary, where the table has rows beyond: those never win and have no gradient.
 
     Raises:
         ConfigError: `chunk` does not divide T, or the shards of the sequence do not divide `chunk`.
@@ -73,10 +77,11 @@ def linear_cross_entropy(
     if chunk < 1 or length % chunk:
         divisors = [n for n in range(1, length + 1) if length % n == 0]
         raise ConfigError(f"head chunk {chunk} does not divide {length} positions; use one of {divisors}")
+    words = table_VD.shape[0] if words is None else words
     bias_V = jnp.zeros(table_VD.shape[0], table_VD.dtype) if bias_V is None else bias_V
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        settings = _Settings(chunk, z_loss, label_smoothing, (), (), ())
+        settings = _Settings(chunk, z_loss, label_smoothing, words, (), (), ())
         return HeadLoss(*_weighted_loss(settings, None, x_BTD, table_VD, bias_V, labels_BT, weights_BT))
     rows, vocab = nn.logical_to_mesh_axes(("rows", "act_vocab"))
     rows, vocab = (
@@ -95,7 +100,7 @@ def linear_cross_entropy(
             f"head chunk {chunk} is not divisible by mesh {lies.axes} = {lies.shards}, over which it spreads; "
             f"use one of {fitting}"
         )
-    settings = _Settings(chunk // lies.shards, z_loss, label_smoothing, rows, vocab, lies.axes)
+    settings = _Settings(chunk // lies.shards, z_loss, label_smoothing, words, rows, vocab, lies.axes)
     return HeadLoss(*_weighted_loss(settings, mesh, x_BTD, table_VD, bias_V, labels_BT, weights_BT))
 
 
@@ -136,12 +141,15 @@ def _local(settings: _Settings, want_gradients: bool, x_BTD, table_VD, bias_V, l
     dtype = x_BTD.dtype
     table, bias = table_VD.astype(dtype), bias_V.astype(dtype)
     first = _first_word(settings.vocab, table.shape[0])
-    words = table.shape[0] * math.prod(jax.lax.axis_size(axis) for axis in settings.vocab)
+    words = settings.words
+    padded = words < table.shape[0] * math.prod(jax.lax.axis_size(axis) for axis in settings.vocab)
 
     def one(carry, operands):
         x_BCD, labels_BC, weights_BC = operands
         logits_BCV = (jnp.einsum("BCD,VD->BCV", x_BCD, table) + bias).astype(jnp.float32)
         ids = first + jax.lax.broadcasted_iota(jnp.int32, logits_BCV.shape, 2)
+        real = ids < words if padded else jnp.ones((), bool)
+        logits_BCV = jnp.where(real, logits_BCV, NEVER)
         is_label = ids == labels_BC[..., None]
         high = _across(jax.lax.pmax, jnp.max(logits_BCV, -1), settings.vocab)
         exp_BCV = jnp.exp(logits_BCV - high[..., None])
@@ -151,7 +159,7 @@ def _local(settings: _Settings, want_gradients: bool, x_BTD, table_VD, bias_V, l
         smooth = settings.label_smoothing
         target = picked
         if smooth:
-            mean = _across(jax.lax.psum, jnp.sum(logits_BCV, -1), settings.vocab) / words
+            mean = _across(jax.lax.psum, jnp.sum(jnp.where(real, logits_BCV, 0), -1), settings.vocab) / words
             target = (1 - smooth) * picked + smooth * mean
         loss = log_z - target + settings.z_loss * log_z**2
         sums = jnp.sum(loss * weights_BC), jnp.sum((picked >= high) * weights_BC)
@@ -159,7 +167,7 @@ def _local(settings: _Settings, want_gradients: bool, x_BTD, table_VD, bias_V, l
             return jax.tree.map(jnp.add, carry, sums), None
         probability = exp_BCV / total[..., None]
         dlogits = probability * (1 + 2 * settings.z_loss * log_z)[..., None]
-        dlogits = dlogits - (1 - smooth) * is_label - (smooth / words if smooth else 0.0)
+        dlogits = dlogits - (1 - smooth) * is_label - (smooth / words * real if smooth else 0.0)
         dlogits = (dlogits * weights_BC[..., None]).astype(dtype)
         dx = jnp.einsum("BCV,VD->BCD", dlogits, table)
         dtable = jnp.einsum("BCV,BCD->VD", dlogits, x_BCD, preferred_element_type=jnp.float32)

@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from bertgpt_jax.nn import sequence
 from bertgpt_jax.nn.masks import AttentionMask
@@ -86,7 +86,8 @@ def splash_attention(
     if mesh.empty or mesh.size == 1:
         return _local_attention(sequence.WHOLE, False, make(shape), q_BTNH, k_BSNH, v_BSNH, segments)
     spec = nn.logical_to_mesh_axes(("batch", "length", "act_heads", None))
-    by_head = NamedSharding(mesh, PartitionSpec(spec[2], spec[1]))
+    # axes that a `shard_map` around this one has taken are not in the spec, and shapes of shards cannot be asked for
+    by_head = NamedSharding(AbstractMesh(mesh.axis_sizes, mesh.axis_names), PartitionSpec(spec[2], spec[1]))
     local_heads, local_length = by_head.shard_shape((heads, length))
     if mask.causal or mask.window is not None:
         kernel = make(shape, head_shards=heads // local_heads, shards=lies.shards, zigzag=zigzag)

@@ -52,13 +52,14 @@ class VocabularyLoss(Config):
 
         Where `execution.compute.head_chunk` asks for it, and on one CPU, the logits exist in chunks only.
         """
-        settings = {"z_loss": self.z_loss, "label_smoothing": self.label_smoothing}
+        words = model.config.vocab_size
+        settings = {"z_loss": self.z_loss, "label_smoothing": self.label_smoothing, "words": words}
         table, bias = model.head_weights(params)
         chunk = model.compute.head_chunk or chunk_in_cache(model.compute.compiled_for(), x.shape, table.shape[0])
         if chunk is not None:
             return linear_cross_entropy(x, table, bias, labels, weights, chunk=chunk, **settings)
         logits = model.apply({"params": params}, x, method="logits")
-        loss = jnp.sum(cross_entropy(logits, labels, self.z_loss, self.label_smoothing) * weights)
+        loss = jnp.sum(cross_entropy(logits, labels, *settings.values()) * weights)
         return loss, jnp.sum(is_best(logits, labels) * weights)
 
 

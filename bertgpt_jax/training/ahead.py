@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from bertgpt_jax.objectives.base import Objective
 from bertgpt_jax.parallel.mesh import make_mesh
 from bertgpt_jax.training.run_config import RunConfig, StageConfig, with_steps, with_vocabulary
 from bertgpt_jax.training.setup import Program, lower_train_step, make_program
@@ -34,8 +35,13 @@ def assume_vocabulary(config: RunConfig) -> RunConfig:
     return with_vocabulary(config, config.model.vocab_size or getattr(config.corpus.tokenizer, "vocab_size", 256))
 
 
-def lower_step(config: RunConfig, devices: Sequence[jax.Device], stage: int = 0) -> Lowered:
+def lower_step(
+    config: RunConfig, devices: Sequence[jax.Device], stage: int = 0, objective: Objective | None = None
+) -> Lowered:
     """The real train step of a stage, with the config's mesh over `devices`; reads no data and allocates nothing.
+
+    Args:
+        objective: in place of the config's, for comparisons.
 
     Raises:
         ConfigError: whatever would stop the run before its data is read.
@@ -43,4 +49,4 @@ def lower_step(config: RunConfig, devices: Sequence[jax.Device], stage: int = 0)
     config = assume_vocabulary(config)
     config = with_steps(config, [lambda length: ASSUMED_ROWS] * len(config.stages))
     program = make_program(config, make_mesh(config.execution.mesh, devices))
-    return Lowered(program, config.stages[stage], lower_train_step(program, config.stages[stage]))
+    return Lowered(program, config.stages[stage], lower_train_step(program, config.stages[stage], objective))

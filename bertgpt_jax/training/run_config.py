@@ -128,6 +128,11 @@ class ExecutionConfig(Config):
     compute: ComputeConfig = ComputeConfig()
     pipeline: PipelineConfig = PipelineConfig()
     distributed: DistributedConfig = DistributedConfig()
+    shard_optimizer: bool = Field(
+        default=False,
+        description="replicas (mesh.data) share the optimizer's state (ZeRO-1): gradients are summed into parts, each "
+        "replica updates its part of the parameters, and the new parameters are gathered",
+    )
     log_every: int = Field(default=10, ge=1, description="steps between rows of metrics.jsonl")
     eval_every: int | None = Field(
         default=None, ge=1, description="steps between evaluations; always one at a stage's end"
@@ -169,6 +174,11 @@ class RunConfig(Config):
     model: Model
     objective: Objective
     stages: tuple[StageConfig, ...] = Field(min_length=1)
+    dropout_prng: Annotated[Literal["threefry", "philox", "rbg"], ADDED] = Field(
+        default="threefry",
+        description="what draws dropout masks: threefry the same on every mesh; philox for one device (a GPU); rbg "
+        "(fastest on TPUs, slowest on GPUs) other masks on every mesh",
+    )
     init_from: Annotated[str, ADDED] = Field(
         default="",
         description="a workdir or Hugging Face directory to begin from: its sizes and tokenizer replace the config's",
@@ -211,11 +221,11 @@ def _stage_problems(config: RunConfig) -> list[str]:
             )
         if config.objective.kind == "masked_lm_nsp" and min(lengths) < 16:
             problems.append(f"stage '{stage.name}': sentence pairs need sequence_length >= 16, not {min(lengths)}")
-        changed = before is not None and before.optimizer.kind != stage.optimizer.kind
+        changed = before is not None and before.optimizer.state_kind != stage.optimizer.state_kind
         if changed and not stage.reset_optimizer:
             problems.append(
-                f"stage '{stage.name}': optimizer '{stage.optimizer.kind}' cannot take over the moments of "
-                f"'{before.optimizer.kind}'; set reset_optimizer=true"
+                f"stage '{stage.name}': optimizer '{stage.optimizer.state_kind}' cannot take over the moments of "
+                f"'{before.optimizer.state_kind}'; set reset_optimizer=true"
             )
     return problems
 

@@ -18,10 +18,12 @@ from bertgpt_jax.batches.ramp import Ramped, Segment
 from bertgpt_jax.config import build
 from bertgpt_jax.corpus.mixture import CorpusMixture
 from bertgpt_jax.corpus.view import Corpus
+from bertgpt_jax.errors import ConfigError
 from bertgpt_jax.models import make_model
 from bertgpt_jax.nn.blocks import ComputeConfig
 from bertgpt_jax.nn.pipeline import Pipeline
-from bertgpt_jax.parallel import context, pipeline, sharding
+from bertgpt_jax.objectives.base import Objective
+from bertgpt_jax.parallel import context, pipeline, replicas, sharding
 from bertgpt_jax.shapes import PyTree
 from bertgpt_jax.training.data import make_held_out, make_train
 from bertgpt_jax.training.run_config import RunConfig, StageConfig, stage_steps
@@ -154,6 +156,11 @@ def make_program(config: RunConfig, mesh: Mesh) -> Program:
         ConfigError: a parameter dimension or a batch that the mesh does not divide.
     """
     check_batches(config, mesh)
+    if config.dropout_prng == "philox" and mesh.size > 1:
+        raise ConfigError(
+            f"dropout_prng = 'philox' on {mesh.size} devices: jax's products of its rounds (mulhi) do not compile for "
+            "several devices; use threefry, or rbg"
+        )
     compute = compute_on(config, mesh)
     for stage in config.stages:
         for segment in stage.ramp().segments:
@@ -174,7 +181,7 @@ def make_program(config: RunConfig, mesh: Mesh) -> Program:
 
     where = sharding.parameter_shardings(jax.eval_shape(init_params), mesh, config.execution.mesh.logical_axes())
     abstract = jax.eval_shape(init)
-    lies = sharding.state_shardings(abstract, where, mesh)
+    lies = _state_shardings(config, abstract, where, mesh)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, lies)
     return Program(config, mesh, model, abstract, lambda: sharding.sharded_init(init, lies))
 
@@ -184,22 +191,41 @@ def stage_state(program: Program, stage: StageConfig) -> PyTree:
     abstract = program.abstract_state
     params = jax.tree.map(lambda x: x.sharding, abstract["params"])
     mine = jax.eval_shape(lambda p: init_state(p, stage.optimizer.build()), abstract["params"])
-    lies = sharding.state_shardings(mine, params, program.mesh)
+    lies = _state_shardings(program.config, mine, params, program.mesh)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), mine, lies)
 
 
-def lower_train_step(program: Program, stage: StageConfig) -> Any:
-    """The stage's donated train step, traced for its shapes: `.compile()` gives (state, batch) -> (state, metrics)."""
+def _state_shardings(config: RunConfig, abstract: PyTree, params: PyTree, mesh: Mesh) -> PyTree:
+    """Where a state lies whose parameters lie as `params`: optimizer states as they do, or divided among replicas."""
+    lies, divided = sharding.state_shardings(abstract, params, mesh), _divided(config, abstract["params"], params, mesh)
+    if divided is None:
+        return lies
+    return lies | {"optimizer": sharding.state_shardings(abstract, divided, mesh)["optimizer"]}
+
+
+def _divided(config: RunConfig, abstract_params: PyTree, params: PyTree, mesh: Mesh) -> PyTree | None:
+    """Shardings of parameters while replicas divide the update among them; None if they do not."""
+    return replicas.spread(abstract_params, params, mesh) if config.execution.shard_optimizer else None
+
+
+def lower_train_step(program: Program, stage: StageConfig, objective: Objective | None = None) -> Any:
+    """The stage's donated train step, traced for its shapes: `.compile()` gives (state, batch) -> (state, metrics).
+
+    Args:
+        objective: in place of the run's, for comparisons.
+    """
     state = stage_state(program, stage)
     lies = jax.tree.map(lambda x: x.sharding, state)
     step = partial(
         train_step,
         model=program.model,
-        objective=program.config.objective,
+        objective=objective or program.config.objective,
         optimizer=stage.optimizer,
         schedule=stage.schedule,
         microbatches=stage.microbatches,
         seed=program.config.seed,
+        prng=program.config.dropout_prng,
+        divided=_divided(program.config, state["params"], lies["params"], program.mesh),
     )
     replicated = NamedSharding(program.mesh, PartitionSpec())
     jitted = jax.jit(_arranging(step, program), donate_argnums=0, out_shardings=(lies, replicated))

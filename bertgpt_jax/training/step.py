@@ -22,6 +22,13 @@ State = dict[str, Any]
 schedules read) and `skipped` (updates left out in a row because they were not finite).
 """
 
+LARGEST_UPDATE = 1e28
+"""More than an optimizer makes of a gradient with a finite norm (below 1.9e19), at rate 1 and decay aside: at most a
+parameter's own norm (LAMB), or the gradient over an eps of 1e-8 (Adam with an empty second moment)."""
+
+PRNGS = {"threefry": "threefry2x32", "philox": "philox4x32", "rbg": "rbg"}
+"""Our names of jax's random number generators."""
+
 
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> State:
     """A fresh state around `params`."""
@@ -57,46 +64,45 @@ def gradients(
     """Gradient of the total loss of the whole batch, whatever the number of microbatches.
 
     The weights of the whole batch are known before the first microbatch: each differentiates its share of the global
-    mean, so that gradients and sums simply add. Every replica adds up its own rows, in fp32, and only the totals are
-    summed over replicas: the price is one whole gradient a replica.
+    mean, so that gradients and sums simply add. With several microbatches every replica adds up its own, in fp32, and
+    only the totals are summed over replicas: the price is one whole gradient a replica.
 
     Args:
-        lies: shardings of the result, if not those of the parameters.
+        lies: shardings of the result, where replicas divide it (`replicas.spread`).
 
     Returns:
         (gradients, part sums, metric sums, carry); `metric sums` are still to be divided by their part's weight.
     """
     whole = (params, objective.weights(batch), key)
-    if microbatches == 1:
-        first = None if key is None else jax.random.fold_in(key, 0)
-        grads, sums = _differentiate(model, objective, (*whole[:2], first), batch, carry)
-        carry = sums.carry
-        totals = sums.parts, sums.metrics
+    accumulate = partial(_accumulate, model, objective, microbatches)
+    if microbatches == 1 and lies is None:
+        grads, totals, carry = accumulate(whole, (batch, carry))
     else:
-        accumulate = partial(_accumulate, model, objective, microbatches)
         grads, totals, carry = sum_of_replicas(accumulate, whole, (batch, carry), lies)
-    grads = grads if lies is None else jax.lax.with_sharding_constraint(grads, lies)
-    return grads, *totals, carry
+    return _lying(grads, lies), *totals, carry
 
 
-def _differentiate(model: Any, objective: Objective, whole: tuple, rows: Batch, carry: Any) -> tuple[Params, Sums]:
-    """Gradient of these rows' share of the total loss, and their sums; `whole`: parameters, weights, key."""
-    params, weights, key = whole
-
-    def share(params: Params) -> tuple[Array, Sums]:
-        sums = objective.loss(model, params, rows, carry, key)
-        return total_loss(objective, sums.parts, weights), sums
-
-    return jax.grad(share, has_aux=True)(params)
+def _lying(tree: PyTree, shardings: PyTree | None) -> PyTree:
+    return tree if shardings is None else jax.lax.with_sharding_constraint(tree, shardings)
 
 
 def _accumulate(model: Any, objective: Objective, microbatches: int, whole: tuple, mine: tuple) -> tuple:
-    """(gradients, (part sums, metric sums), carry) of `mine` (rows, carry), a microbatch at a time."""
+    """(gradients, (part sums, metric sums), carry) of some rows, a microbatch at a time.
+
+    Args:
+        whole: (parameters, weights of the whole batch, key).
+        mine: (rows, carry).
+    """
     (params, weights, key), (batch, carry) = whole, mine
 
     def one(index: Array | int, rows: Batch, carry: Any) -> tuple:
         sub_key = None if key is None else jax.random.fold_in(key, index)
-        grads, sums = _differentiate(model, objective, (params, weights, sub_key), rows, carry)
+
+        def share(params: Params) -> tuple[Array, Sums]:
+            sums = objective.loss(model, params, rows, carry, sub_key)
+            return total_loss(objective, sums.parts, weights), sums
+
+        grads, sums = jax.grad(share, has_aux=True)(params)
         return (grads, (sums.parts, sums.metrics)), sums.carry
 
     def add(accumulated: tuple, xs: tuple) -> tuple[tuple, None]:
@@ -104,6 +110,9 @@ def _accumulate(model: Any, objective: Objective, microbatches: int, whole: tupl
         more, carry = one(*xs, carry)
         return (jax.tree.map(jnp.add, totals, more), carry), None
 
+    if microbatches == 1:
+        (grads, sums), carry = one(0, batch, carry)
+        return grads, sums, carry
     rows = split_microbatches(batch, microbatches)
     shapes, _ = jax.eval_shape(one, 0, jax.tree.map(lambda x: x[0], rows), carry)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
@@ -121,20 +130,31 @@ def train_step(
     schedule: Schedule,
     microbatches: int,
     seed: int,
+    prng: str = "threefry",
+    divided: PyTree | None = None,
 ) -> tuple[State, dict[str, Array]]:
     """One update. Dropout depends on (seed, data_step, microbatch) alone.
 
-    A loss, gradient or new parameter that is not finite leaves parameters and optimizer as they were and is counted.
+    A loss or gradient that is not finite, or a rate at which new parameters would not be, leaves parameters and
+    optimizer as they were and is counted.
+
+    Args:
+        prng: what draws dropout masks, a key of `PRNGS`.
+        divided: shardings of parameters and gradients while they are updated, where replicas divide them (ZeRO-1);
+            None: as the parameters lie.
 
     Returns:
         the new state and metrics, all fp32 []: `loss`, `<part>_loss`, the objective's, `learning_rate`, `grad_norm`,
         `param_norm`, `skipped`.
     """
-    params, extras = state["params"], state["extras"]
-    key = jax.random.fold_in(jax.random.key(seed), state["data_step"])
-    grads, parts, metric_sums, carry = gradients(model, objective, params, batch, state["carry"], key, microbatches)
+    extras, carry = state["extras"], state["carry"]
+    key = jax.random.fold_in(jax.random.key(seed, impl=PRNGS[prng]), state["data_step"])
+    whole = state["params"]
+    grads, parts, metric_sums, carry = gradients(model, objective, whole, batch, carry, key, microbatches, divided)
+    params = _lying(whole, divided)
     weights = objective.weights(batch)
-    loss, grad_norm = total_loss(objective, parts, weights), optax.tree.norm(grads)
+    loss = total_loss(objective, parts, weights)
+    grad_norm, param_norm = optax.tree.norm(grads), optax.tree.norm(params)
     if optimizer.clip_norm is not None:
         grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, optimizer.clip_norm / (grad_norm + 1e-12)), grads)
 
@@ -142,13 +162,15 @@ def train_step(
     with jax.named_scope("optimizer"):
         updates, moments = optimizer.build().update(grads, state["optimizer"], params)
         moved = jax.tree.map(lambda p, u: p + rate * u, params, updates)
-    # the new parameters too: a huge rate times weight decay overflows where loss and gradient are still finite
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(moved))
+    # A huge rate overflows where loss and gradient are still finite. The new parameters are bounded, not looked at:
+    # whether to keep them is then known before they are made, and one pass over the state makes and keeps them.
+    reach = jnp.abs(rate) * (LARGEST_UPDATE + (1.0 + optimizer.weight_decay) * param_norm)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(reach)
     kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (moved, moments), (params, state["optimizer"]))
 
     made = finite.astype(jnp.int32)
     new_state = {
-        "params": kept[0],
+        "params": _lying(kept[0], divided),
         "optimizer": kept[1],
         "step": state["step"] + made,
         "data_step": state["data_step"] + 1,
@@ -162,7 +184,7 @@ def train_step(
     metrics |= {
         "learning_rate": rate,
         "grad_norm": grad_norm,
-        "param_norm": optax.tree.norm(params),
+        "param_norm": param_norm,
         "skipped": new_state["extras"]["skipped"],
     }
     return new_state, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}

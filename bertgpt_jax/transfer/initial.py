@@ -27,7 +27,7 @@ from bertgpt_jax.transfer.load import open_source
 from bertgpt_jax.transfer.run_of import tokenizer_config
 from bertgpt_jax.transfer.source import Source, nested
 
-KEPT = (TRAINING_ONLY - {"kind"}) | {"hidden_dropout", "attention_dropout"}
+KEPT = (TRAINING_ONLY - {"kind"}) | {"hidden_dropout", "attention_dropout", "vocab_multiple"}
 """Fields of the model that stay the config's: they say how it is trained, not what it is."""
 
 GROWING = ("token_embedding/table", "position_embedding/table", "masked_output/table", "masked_bias", "output/table")

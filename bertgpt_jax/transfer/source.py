@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from bertgpt_jax.config import build
 from bertgpt_jax.corpus.tokenizer import Tokenizer
 from bertgpt_jax.errors import DataError
 from bertgpt_jax.models import make_model
@@ -46,6 +47,27 @@ class Source:
     label: str
     step: int | None
     meta: dict[str, Any]
+
+
+VOCABULARY = ("token_embedding/table", "masked_output/table", "masked_bias", "output/table")
+"""Parameters with a row a token."""
+
+
+def without_padding(source: Source) -> Source:
+    """The same parameters without the rows beyond the vocabulary that `vocab_multiple` adds."""
+    config, words = source.model_config, source.model_config.vocab_size
+    if config.vocab_rows == words:
+        return source
+
+    def cut(paths: Sequence[str]) -> dict[str, np.ndarray]:
+        return {path: a[:words] if path in VOCABULARY else a for path, a in source.read(paths).items()}
+
+    leaves = {
+        path: (dtype, (words, *shape[1:]) if path in VOCABULARY else shape)
+        for path, (dtype, shape) in source.leaves.items()
+    }
+    plain = build(type(config), config.model_dump() | {"vocab_multiple": 1}, source.label)
+    return dataclasses.replace(source, model_config=plain, leaves=leaves, read=cut)
 
 
 def nested(flat: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from bertgpt_jax.models.bert import BertConfig
 from bertgpt_jax.models.gpt import GptConfig
 from bertgpt_jax.training import checkpoint_files, storage
 from bertgpt_jax.training.restore import restore
-from bertgpt_jax.transfer.source import ModelConfig, Source, check_vocabulary
+from bertgpt_jax.transfer.source import ModelConfig, Source, check_vocabulary, without_padding
 
 PREFIX = "params/"
 """Paths of parameters in a checkpoint begin with it."""
@@ -26,7 +26,7 @@ BEST_METRIC = "eval/loss"
 
 
 def open_workdir(workdir: epath.Path, which: str | int = "best") -> Source:
-    """The parameters of a run's checkpoint.
+    """The parameters of a run's checkpoint, without the rows that only pad the vocabulary.
 
     Args:
         which: `best` (lowest held-out loss of the newest checkpoint's stage; the newest where none was evaluated),
@@ -55,7 +55,7 @@ def open_workdir(workdir: epath.Path, which: str | int = "best") -> Source:
             ) from error
         return {path.removeprefix(PREFIX): array for path, array in arrays.items()}
 
-    return Source(config, tokenizer, leaves, read, label, meta["step"], meta)
+    return without_padding(Source(config, tokenizer, leaves, read, label, meta["step"], meta))
 
 
 def choose_step(workdir: epath.Path, which: str | int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -17,7 +19,7 @@ class Model:
     compute = ComputeConfig()
 
     def __init__(self, *logits: np.ndarray):
-        self._logits = logits
+        self._logits, self.config = logits, SimpleNamespace(vocab_size=logits[0].shape[-1])
 
     def apply(self, variables, *inputs, rngs=None, method: str):
         hidden = np.zeros((*self._logits[0].shape[:2], 2))

@@ -1,0 +1,172 @@
+"""Benchmark `hlo`: what must hold of train steps compiled for TPUs that are not here, read from their programs.
+
+No fp32 logits under bf16; nothing exchanged while microbatches add up; with the optimizer's state shared (ZeRO-1), no
+gradient summed whole; the state updated in its own memory; one attention kernel a layer in each direction.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any, Literal
+
+import jax
+from pydantic import Field
+
+from bertgpt_jax.benchmarks.harness import Result, Row
+from bertgpt_jax.config import Config, build
+from bertgpt_jax.corpus.config import CorpusConfig
+from bertgpt_jax.models.bert import BertConfig
+from bertgpt_jax.models.gpt import GptConfig
+from bertgpt_jax.objectives.causal_lm import CausalLM
+from bertgpt_jax.objectives.masked_lm_nsp import MaskedLMNSP
+from bertgpt_jax.parallel.sharding import bytes_per_device
+from bertgpt_jax.parallel.topology import describe
+from bertgpt_jax.training.ahead import lower_step
+from bertgpt_jax.training.run_config import RunConfig
+
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "all-reduce-scatter")
+_HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
+_ARRAY = re.compile(r"\b([a-z]+\d+|pred)\[([\d,]*)\]")
+_CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|\w+_computation)=%?([\w.\-]+)")
+_LISTED = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}")
+
+Program = dict[str, list[tuple[str, str, str, str]]]
+"""Computation -> its instructions: (name, shape, opcode, the rest of the line)."""
+
+
+class Settings(Config):
+    """Settings of the benchmark; rows are those of one device."""
+
+    topology: str = "v5e:4x4"
+    models: tuple[Literal["gpt", "bert"], ...] = ("gpt", "bert")
+    layers: int = Field(default=2, ge=1)
+    hidden: int = Field(default=256, ge=8)
+    heads: int = Field(default=4, ge=1)
+    vocabulary: int = Field(default=8192, ge=2)
+    length: int = Field(default=256, ge=8)
+    rows: int = Field(default=4, ge=2)
+    microbatches: int = Field(default=2, ge=2)
+
+
+def run(settings: Settings) -> Result:
+    """Compiles a step of each model and counts what its program holds."""
+    rows, facts = [], {}
+    for kind in settings.models:
+        found = facts[kind] = examine(settings, kind)
+        name = f"{kind.upper()} L{settings.layers} on {settings.topology}"
+        rows += [
+            Row(f"{name}: fp32 arrays as large as the logits", found["logits_fp32"], "", most=0),
+            Row(f"{name}: collectives inside the accumulation loop", found["collectives_in_loops"], "", most=0),
+            Row(f"{name}: share of gradients summed whole, ZeRO-1", found["share_summed_whole"], "", most=0.05),
+            Row(f"{name}: state updated in place, share of its bytes", found["share_in_place"], "", least=1.0),
+            Row(f"{name}: attention kernels a layer, forward", found["kernels_forward"], "", least=1, most=1),
+            Row(f"{name}: attention kernels a layer, backward", found["kernels_backward"], "", least=1, most=1),
+        ]
+    return Result(tuple(rows), {}, facts=facts)
+
+
+def step_config(settings: Settings, kind: str) -> RunConfig:
+    """A run of a small model in bf16 that accumulates and shares the optimizer's state."""
+    sizes: dict[str, Any] = dict(
+        vocab_size=settings.vocabulary, max_positions=settings.length, num_layers=settings.layers,
+        hidden_size=settings.hidden, num_heads=settings.heads, intermediate_size=4 * settings.hidden,
+        hidden_dropout=0.0, attention_dropout=0.0,
+    )  # fmt: skip
+    stage = dict(
+        steps=10, sequence_length=settings.length, batch_size=settings.rows * len(describe(settings.topology)),
+        microbatches=settings.microbatches, schedule=dict(kind="constant", peak=1e-4),
+    )  # fmt: skip
+    tree = dict(
+        corpus=CorpusConfig(path="unused"), model=(GptConfig if kind == "gpt" else BertConfig)(**sizes),
+        objective=CausalLM() if kind == "gpt" else MaskedLMNSP(), stages=(stage,),
+        execution=dict(compute=dict(dtype="bfloat16"), shard_optimizer=True),
+    )  # fmt: skip
+    return build(RunConfig, tree, "benchmark")
+
+
+def examine(settings: Settings, kind: str) -> dict[str, float]:
+    """Counts of what `run` holds against its bars."""
+    lowered = lower_step(step_config(settings, kind), describe(settings.topology))
+    compiled = lowered.step.compile()
+    program = parse(compiled.as_text())
+    objective, rows = lowered.program.config.objective, settings.rows // settings.microbatches
+    scored = rows * max(round(objective.scored_share(settings.length) * settings.length), 1)
+    inside = in_loops(program)
+    kernels = [(name, where) for where, name, _, _, rest in _all(program) if "tpu_custom_call" in rest]
+    whole = sum(size(shape) for _, _, shape, opcode, _ in _all(program) if _kind(opcode) == "all-reduce")
+    state = lowered.program.abstract_state
+    bytes_of_state = bytes_per_device(state, jax.tree.map(lambda x: x.sharding, state))
+    return {
+        "logits_fp32": sum(scored * settings.vocabulary in sizes for sizes in fp32_arrays(program)),
+        "collectives_in_loops": sum(
+            _kind(opcode) in COLLECTIVES for where in inside for _, _, opcode, _ in program[where]
+        ),
+        "share_summed_whole": whole / (4 * lowered.program.parameters),
+        "reduce_scatters": sum(_kind(opcode) == "reduce-scatter" for _, _, _, opcode, _ in _all(program)),
+        "share_in_place": compiled.memory_analysis().alias_size_in_bytes / bytes_of_state,
+        "kernels_forward": sum("fwd" in name and where in inside for name, where in kernels),
+        "kernels_backward": sum("fwd" not in name and where in inside for name, where in kernels),
+    }
+
+
+# ---------------------------------------------------------------- the program's text
+
+
+def parse(text: str) -> Program:
+    """Optimized HLO (`compiled.as_text()`) by computation."""
+    program: Program = {}
+    lines: list[tuple[str, str, str, str]] = []
+    for row in text.splitlines():
+        header = None if row[:1].isspace() else _HEADER.match(row)
+        if header and not row.startswith("HloModule"):
+            lines = program[header[1]] = []
+        elif found := _INSTRUCTION.match(row):
+            lines.append(found.groups())
+    return program
+
+
+def in_loops(program: Program) -> set[str]:
+    """Computations that run inside a loop, whatever the depth."""
+    pending = [name for _, _, _, opcode, rest in _all(program) if opcode == "while" for name in _calls(rest)]
+    inside: set[str] = set()
+    while pending:
+        name = pending.pop()
+        if name in program and name not in inside:
+            inside.add(name)
+            pending += [called for _, _, _, rest in program[name] for called in _calls(rest)]
+    return inside
+
+
+def _all(program: Program):
+    return ((where, *line) for where, lines in program.items() for line in lines)
+
+
+def _calls(rest: str) -> list[str]:
+    listed = [name.strip().lstrip("%") for group in _LISTED.findall(rest) for name in group.split(",")]
+    return _CALLED.findall(rest) + listed
+
+
+def _kind(opcode: str) -> str:
+    return opcode.removesuffix("-start")
+
+
+def fp32_arrays(program: Program):
+    """Element counts of the fp32 results of each instruction that is an array in memory, not a step inside a fusion."""
+    fused = {name for _, _, _, opcode, rest in _all(program) if opcode == "fusion" for name in _calls(rest)}
+    for where, _, shape, _, _ in _all(program):
+        if where not in fused:
+            yield [_elements(dimensions) for dtype, dimensions in _ARRAY.findall(shape) if dtype == "f32"]
+
+
+def size(shape: str) -> int:
+    """Bytes of the arrays of a shape."""
+    return sum(
+        _elements(d) * max(int(dtype.lstrip("abcdefghijklmnopqrstuvwxyz") or 8) // 8, 1)
+        for dtype, d in _ARRAY.findall(shape)
+    )
+
+
+def _elements(dimensions: str) -> int:
+    return math.prod(int(n) for n in dimensions.split(",") if n)

@@ -18,8 +18,6 @@ UNTIMED = frozenset({"hlo", "memory_ladder"})
 """Benchmarks that measure no time, and no accelerator either: others may use the machine."""
 
 BENCHMARKS = {
-    "hlo": "what must hold of steps compiled for TPUs that are not here (needs the extra libtpu)",
-    "memory_ladder": "memory of steps compiled for TPUs that are not here, technique by technique (extra libtpu)",
     "data": "batches a second: masks, windows, pairs, packing, beside Hugging Face collators and Grain per record",
     "cpu_bert": "a BERT training step on CPU cores beside transformers, eager and torch.compile",
     "cpu_gpt": "a GPT training step on CPU cores beside transformers, eager and torch.compile",
@@ -28,6 +26,8 @@ BENCHMARKS = {
     "startup": "from the start of a process to its first step done: scanned and unrolled, cold and warm cache",
     "time_to_loss": "seconds to a held-out loss on Shakespeare's characters beside a nanoGPT, eager and compiled",
     "flops": "arithmetic of compiled steps over the formula that the utilisation is computed with",
+    "hlo": "what must hold of steps compiled for TPUs that are not here (needs the extra libtpu)",
+    "memory_ladder": "memory of steps compiled for TPUs that are not here, technique by technique (extra libtpu)",
 }
 """Name to its line of help; the code of `name` is `bertgpt_jax/benchmarks/name.py`: `Settings`, `run(settings)`."""
 

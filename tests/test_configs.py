@@ -131,7 +131,7 @@ def tiny(name: str) -> RunConfig:
     """The config with its own recipe, two layers of width 32, and a batch of 8 rows."""
     config = load_config(name, RunConfig)
     overrides = ["model.num_layers=2", "model.hidden_size=32", "model.num_heads=4", "model.intermediate_size=64"]
-    overrides += ["model.max_positions=32", "execution.compute.unroll_layers=false"]
+    overrides += ["model.max_positions=32", "model.vocab_size=null", "execution.compute.unroll_layers=false"]
     for i in range(len(config.stages)):
         overrides += [
             f"stages.{i}.{key}" for key in ("batch_ramp=[]", "batch_size=8", "sequence_length=32", "microbatches=1")
@@ -158,7 +158,7 @@ def describe(leaf: jax.ShapeDtypeStruct) -> tuple:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [n for n in NAMES if not n.startswith("gpt3/") or n in ("gpt3/125m", "gpt3/175b")])
 def test_one_step(name: str) -> None:
     """A step from the initial state on made-up rows: the loss is that of chance, parameters follow the rate."""
     config = tiny(name)

@@ -17,10 +17,11 @@ SHARDS, TOKENS = 100_000, 10**12
 SECONDS, BYTES = 2.0, 500e6
 
 _OPEN = """
-import json, resource, sys, time
+import json, sys, time
 import numpy as np
 from bertgpt_jax.batches.dataset import Dataset
 from bertgpt_jax.batches.windows import Windows
+from bertgpt_jax.corpus.memory import peak_resident_bytes
 from bertgpt_jax.corpus.reader import CorpusReader
 
 begun = time.process_time()  # of the processor: the machine may be busy
@@ -33,7 +34,7 @@ rows = train._rows
 ranks = np.array([0, 1, rows.count(0) // 2, rows.count(0) - 1])
 starts, lengths = rows.spans(0, rows.order(0, ranks))
 print(json.dumps({
-    "opened": opened, "ready": ready, "peak": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+    "opened": opened, "ready": ready, "peak": peak_resident_bytes(),
     "tokens": int(reader.token_base[-1]), "rows": rows.count(0), "held_out": held_out.eval_rows(),
     "starts": starts.ravel().tolist(), "lengths": lengths.ravel().tolist(),
 }))

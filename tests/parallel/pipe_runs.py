@@ -80,7 +80,7 @@ def train(config: RunConfig) -> list[tuple[float, float]]:
 
 def main(kind: str, settings: str) -> None:
     """Args: the kind of model, JSON of (mesh, pipeline)."""
-    distributed.initialize(distributed.from_environment(distributed.DistributedConfig()))
+    distributed.initialize(distributed.from_environment(distributed.DistributedConfig()), {})
     print(json.dumps(train(run_config(kind, *json.loads(settings)))))
 
 

@@ -115,8 +115,7 @@ def test_a_checkpoint_of_stages_is_one_of_the_model(pipes, schedule: str, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["gpt", "bert"])
-@pytest.mark.parametrize(("processes", "devices"), [(2, 4), (4, 2)], ids=["2x4", "4x2"])
+@pytest.mark.parametrize(("processes", "devices", "kind"), [(2, 4, "gpt"), (4, 2, "bert")])
 def test_several_processes(pipes, processes: int, devices: int, kind: str, capfd, monkeypatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(PROGRAM.parents[2]))
     settings = json.dumps([{"data": 2, "pipe": 2, "tensor": 2}, {}])

@@ -13,6 +13,7 @@ import pytest
 
 from bertgpt_jax.commands import train
 from bertgpt_jax.config import load_config, shipped_configs
+from bertgpt_jax.corpus.mixture import MixtureConfig
 from bertgpt_jax.parallel.mesh import MeshConfig, make_mesh
 from bertgpt_jax.planning.places import parse
 from bertgpt_jax.planning.plan import make_plan, prepare
@@ -70,7 +71,9 @@ def test_docstring(name: str, repository: Path) -> None:
     words = fields["Command"].split()
     assert words[:2] == ["python", "tools/train.py"] and words[2] == f"configs/{name}.py"
     assert (repository / words[2]).samefile(shipped_configs()[name])
-    assert ("corpus.path=" in fields["Command"]) == (load_config(name, RunConfig).corpus.path == "")
+    corpus = load_config(name, RunConfig).corpus
+    paths = [part.corpus.path for part in corpus.parts] if isinstance(corpus, MixtureConfig) else [corpus.path]
+    assert ("corpus.path=" in fields["Command"]) == ("" in paths)
 
 
 PLANNED = [name for name in NAMES if "\nPlan: " in docstring(name)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 import hashlib
 import threading
@@ -26,6 +27,8 @@ from bertgpt_jax.errors import DataError
 
 EVALUATION_SEED = 20181011
 """Evaluation pairs and masks are the same for every run, whatever its seed."""
+_DOCUMENTS_READ = 8192
+"""Documents whose ends are read together: a chunk of their array."""
 
 
 class Dataset:
@@ -280,14 +283,23 @@ class Dataset:
 
 
 def documents_of(corpus: Corpus, start: int, stop: int) -> list[tuple[int, int, int, int]]:
-    """The documents that global tokens start..stop lie in: (shard, index in the shard, first token, end)."""
+    """The documents that global tokens start..stop lie in: (shard, index in the shard, first token, end).
+
+    The first one is searched for among the first documents of blocks, so that of a large shard little is read.
+    """
     shard = int(np.searchsorted(corpus.token_base, start, "right")) - 1
-    starts, ends = corpus.document_spans(shard, 0, int(corpus.documents[shard]))
-    first = int(np.searchsorted(starts, start, "right")) - 1
+    count = int(corpus.documents[shard])
+    blocks = range(0, count, _DOCUMENTS_READ)
+
+    def first_token(lo: int) -> int:
+        return int(corpus.document_spans(shard, lo, lo + 1)[0][0])
+
     found = []
-    for i in range(first, len(starts)):
-        if starts[i] >= stop:
-            break
-        begin = int(starts[i])
-        found.append((shard, i, max(start, begin) - begin, min(stop, int(ends[i]) + 1) - begin))
+    for lo in blocks[bisect.bisect_right(blocks, start, key=first_token) - 1 :]:
+        starts, ends = corpus.document_spans(shard, lo, min(lo + _DOCUMENTS_READ, count))
+        for i in range(max(int(np.searchsorted(starts, start, "right")) - 1, 0), len(starts)):
+            begin = int(starts[i])
+            if begin >= stop:
+                return found
+            found.append((shard, lo + i, max(start, begin) - begin, min(stop, int(ends[i]) + 1) - begin))
     return found

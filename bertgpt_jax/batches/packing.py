@@ -39,11 +39,11 @@ class PackedDocuments(Config):
 
 
 class PackedPairs(SentencePairs):
-    """Sentence pairs, several in a row, each with its own [CLS], types and next-sentence label."""
+    """Sentence pairs, several in a row, each with its own [CLS], types and label."""
 
     kind: Literal["packed_pairs"] = "packed_pairs"
     max_segments: int = Field(16, ge=1, le=512)
-    """Pairs of a row, at most: the width K of the arrays of next-sentence labels."""
+    """Pairs of a row, at most: the width K of the arrays of labels."""
 
 
 @dataclasses.dataclass(frozen=True)

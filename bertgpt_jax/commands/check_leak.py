@@ -16,6 +16,7 @@ from bertgpt_jax.errors import ConfigError, UsageError
 EPILOG = """\
 A segment is a document or a sentence pair of a packed row; where rows are not packed, a row. Its tokens are exchanged,
 and the hidden states, losses and gradients of all others must stay the same bit for bit, with every attention path.
+Splash, the path of TPUs, is emulated elsewhere; it takes lengths of a multiple of 128 and heads of 64, 128 or 256.
 
 examples:
   %(prog)s configs/bert/base_packed.py corpus.path=wiki.corpus model.num_layers=2
@@ -79,9 +80,11 @@ def _check_paths(config: Any, args: argparse.Namespace, corpora: Path) -> int:
     batch = leaks.rows_to_check(data.batch, objective.examples, args.rows)
     regular, params, exit_code = ~corpus.special_mask(), None, 0
     for path in attention_paths():
-        compute = type(config.execution.compute)(**config.execution.compute.model_dump() | {"attention": path})
+        changed = {"attention": path, "emulate": True}
+        compute = type(config.execution.compute)(**config.execution.compute.model_dump() | changed)
         model = make_model(config.model, compute)
-        title = f"{objective.kind}, {objective.examples.kind}, {path}"
+        emulated = " (emulated)" if path == "splash" and compute.compiled_for() != "tpu" else ""
+        title = f"{objective.kind}, {objective.examples.kind}, {path}{emulated}"
         try:
             if params is None:
                 init = jax.jit(lambda model=model: model.init(jax.random.key(0), *objective.model_inputs(batch)))

@@ -48,14 +48,19 @@ class BackedTokenizer(Tokenizer):
         raise NotImplementedError
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        if any(character in text for text in texts for character in self.not_cut):
+        whole = "\n".join(texts)
+        if any(character in whole for character in self.not_cut):
             return self.encode_whole(texts)
         parts, lengths = [np.zeros(0, np.int32)], np.zeros(len(texts), np.int64)
         for numbers, pieces in _blocks(texts):
-            ids, piece_lengths = self._word_cache.encode([self.words(piece) for piece in pieces])
+            ids, piece_lengths = self.encode_pieces(pieces)
             parts.append(ids)
             np.add.at(lengths, numbers, piece_lengths)
         return np.concatenate(parts), lengths
+
+    def encode_pieces(self, pieces: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """What `encode_batch` gives for texts of bounded size without `not_cut`."""
+        return self._word_cache.encode([self.words(piece) for piece in pieces])
 
     def encode_whole(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """What `encode_batch` gives, every text through the whole pipeline."""
@@ -67,9 +72,9 @@ class BackedTokenizer(Tokenizer):
 
     @cached_property
     def _part_cache(self) -> WordCache:
-        return WordCache(self._encode_parts)
+        return WordCache(self.encode_parts)
 
-    def _encode_parts(self, parts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def encode_parts(self, parts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Most parts go straight to the model: the pipeline costs four times as much for a word alone."""
         spelled = [self.spelled(part) for part in parts]
         rest = [part for part, spelling in zip(parts, spelled, strict=True) if spelling is None]
@@ -99,8 +104,11 @@ def _flat(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
     return np.fromiter(chain.from_iterable(rows), np.int32, int(lengths.sum())), lengths
 
 
-def _blocks(texts: Sequence[str]) -> Iterator[tuple[list[int], list[str]]]:
+def _blocks(texts: Sequence[str]) -> Iterator[tuple[Sequence[int], Sequence[str]]]:
     """The texts in order and in blocks of bounded size, long ones in pieces; each piece with its text's number."""
+    if sum(map(len, texts)) <= _BLOCK_CHARACTERS:
+        yield range(len(texts)), texts
+        return
     numbers: list[int] = []
     pieces: list[str] = []
     size = 0

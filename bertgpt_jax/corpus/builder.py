@@ -27,11 +27,10 @@ from bertgpt_jax.corpus.places import (
     Place,
     find_place,
     is_empty,
-    remove_leftovers,
     remove_tree,
     write_whole,
 )
-from bertgpt_jax.corpus.plan import PLAN_FILE, Plan, find_request, make_plan, plan_to_json
+from bertgpt_jax.corpus.plan import PLAN_FILE, Plan, expected_shards, find_request, make_plan, write_plan
 from bertgpt_jax.corpus.pool import Pool
 from bertgpt_jax.corpus.reader import FORMAT_VERSION, MANIFEST, CorpusReader, content_fingerprint, read_manifest
 from bertgpt_jax.corpus.report import Work, nothing_left, report_lines
@@ -124,19 +123,17 @@ def _build(
         _check_same(_request_of(out / PLAN_FILE), request, out)
     elif not is_empty(out):
         raise ConfigError(f"{out} exists and is no tokenised corpus; choose an empty directory")
-    plan = make_plan(config, files, request)
-    if config.filters.duplicates == "drop":
-        plan = dataclasses.replace(plan, duplicates=str((Path(out) / DUPLICATES).absolute()))
-    workers = plan.config.workers if plan.config.workers >= 0 else os.cpu_count() or 1
-    workers = min(workers, len(plan.shards)) if elsewhere is None else 0
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_whole(out / PLAN_FILE, plan_to_json(plan))
-        remove_leftovers(out)
-    except OSError as error:
-        raise StorageError(f"{out}: cannot be written ({error.strerror})") from None
+    most = (config.workers if config.workers >= 0 else os.cpu_count() or 1) if elsewhere is None else 0
     with ExitStack() as stack:
-        pool = stack.enter_context(Pool(workers, out / PLAN_FILE, out)) if workers else None
+        pool = stack.enter_context(Pool(out / PLAN_FILE, out)) if most else None
+        if pool:  # they start while the plan is made
+            pool.start(min(most, expected_shards(config, files)))
+        plan = make_plan(config, files, request)
+        if config.filters.duplicates == "drop":
+            plan = dataclasses.replace(plan, duplicates=str((Path(out) / DUPLICATES).absolute()))
+        write_plan(plan, out)
+        if pool:
+            pool.start(min(most, len(plan.shards)))
         if plan.duplicates and not all(_finished(plan, out, i) for i in range(len(plan.shards))):
             ensure_duplicates(plan, out, pool, report)
         tokenizer = _ensure_tokenizer(plan, out, pool, report)

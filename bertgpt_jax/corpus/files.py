@@ -15,8 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from etils import epath
-
 from bertgpt_jax.corpus.config import CorpusConfig
 from bertgpt_jax.corpus.remote import find_remote, is_remote, open_remote, remote_status
 from bertgpt_jax.corpus.stdin import refuse_stdin
@@ -82,11 +80,11 @@ def _open(path: str | Path) -> BinaryIO:
     return open_remote(str(path)) if is_remote(path) else open(path, "rb")
 
 
-def _status(path: Path) -> tuple[int, int]:
+def _status(path: str | Path) -> tuple[int, int]:
     """Bytes of a file, and when it was last written, in ns."""
     if is_remote(path):
         return remote_status(str(path))
-    status = path.stat()
+    status = os.stat(path)
     return status.st_size, status.st_mtime_ns
 
 
@@ -219,12 +217,11 @@ def check_unchanged(file: SourceFile) -> None:
     Raises:
         DataError: it has changed since, or is gone.
     """
-    path = epath.Path(file.path) if is_remote(file.path) else Path(file.path)
     try:
-        size, written = _status(path)
+        size, written = _status(file.path)
         if (size, written) == (file.size, file.mtime_ns):
             return
-        changed = size != file.size or _digest(path, size) != file.digest
+        changed = size != file.size or _digest(file.path, size) != file.digest
         now = f"it had {file.size:,} bytes and has {size:,}"
     except OSError as error:
         changed, now = True, f"now: {error.strerror or error}"
@@ -249,7 +246,7 @@ def _detect(path: Path, head: bytes) -> str:
     return "file" if b"Project Gutenberg" in head[:4096] else "text"
 
 
-def _digest(path: Path, size: int) -> str:
+def _digest(path: str | Path, size: int) -> str:
     """blake2b of a file, or of 16 of its blocks if it is large; hex."""
     digest = hashlib.blake2b(str(size).encode(), digest_size=16)
     with _open(path) as stream:

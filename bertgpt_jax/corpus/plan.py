@@ -12,7 +12,8 @@ from bertgpt_jax.corpus.config import CorpusConfig
 from bertgpt_jax.corpus.cuts import cut_source
 from bertgpt_jax.corpus.files import SourceFile, find_files
 from bertgpt_jax.corpus.kinds import open_tokenizer
-from bertgpt_jax.corpus.places import Place
+from bertgpt_jax.corpus.places import Place, remove_leftovers, write_whole
+from bertgpt_jax.errors import StorageError
 
 FORMAT_VERSION = 1
 PLAN_FILE = "plan.json"
@@ -63,10 +64,21 @@ def find_request(config: CorpusConfig) -> tuple[tuple[SourceFile, ...], str]:
     return files, fingerprint([FORMAT_VERSION, identity(config), sources, vocabulary, *words])
 
 
+def expected_shards(config: CorpusConfig, files: tuple[SourceFile, ...]) -> int:
+    """About how many shards `make_plan` will cut."""
+    estimate, target = _estimate(config, files)
+    return max(1, estimate // target)
+
+
+def _estimate(config: CorpusConfig, files: tuple[SourceFile, ...]) -> tuple[int, int]:
+    """Bytes of text in the files, by their sizes; and how many a shard should have."""
+    estimate = sum(f.size * (_GZIP_RATIO if f.path.endswith(".gz") else 1) for f in files)
+    return estimate, min(config.shard_bytes, max(MIN_SHARD_BYTES, estimate // 16))
+
+
 def make_plan(config: CorpusConfig, files: tuple[SourceFile, ...], request: str) -> Plan:
     """Cuts the files into shards of at most `shard_bytes` (a document is never cut); decompresses gzip files once."""
-    estimate = sum(f.size * (_GZIP_RATIO if f.path.endswith(".gz") else 1) for f in files)
-    target = min(config.shard_bytes, max(MIN_SHARD_BYTES, estimate // 16))
+    _, target = _estimate(config, files)
     shards: list[tuple[Piece, ...]] = []
     held: list[Piece] = []
     size = 0
@@ -91,6 +103,16 @@ def plan_to_json(plan: Plan) -> str:
         "duplicates": plan.duplicates,
     }
     return json.dumps(tree) + "\n"
+
+
+def write_plan(plan: Plan, out: Place) -> None:
+    """Makes `out` a corpus that is begun; StorageError if it cannot be written."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_whole(out / PLAN_FILE, plan_to_json(plan))
+        remove_leftovers(out)
+    except OSError as error:
+        raise StorageError(f"{out}: cannot be written ({error.strerror})") from None
 
 
 def plan_from_json(path: Place) -> Plan:

@@ -20,17 +20,25 @@ _PACKAGE_ROOT = str(Path(__file__).parents[2])
 
 
 class Pool:
-    """Processes that answer commands (`corpus/worker.py`); a context manager that ends them."""
+    """Processes that answer commands (`corpus/worker.py`); a context manager that ends them.
 
-    def __init__(self, workers: int, plan_file: Place, out: Place):
+    They read the plan at their first command, so they may be started while it is made.
+    """
+
+    def __init__(self, plan_file: Place, out: Place):
         environment = dict(os.environ, TOKENIZERS_PARALLELISM="false", PYTHONIOENCODING="utf-8")
+        environment["PYDANTIC_DISABLE_PLUGINS"] = "__all__"  # looking for them takes a tenth of a worker's start
         inherited = [environment["PYTHONPATH"]] if environment.get("PYTHONPATH") else []
         environment["PYTHONPATH"] = os.pathsep.join([_PACKAGE_ROOT, *inherited])
-        command = [sys.executable, "-m", "bertgpt_jax.corpus.worker", str(plan_file), str(out)]
-        self._processes = [
-            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True)
-            for _ in range(workers)
-        ]
+        self._environment = environment
+        self._command = [sys.executable, "-m", "bertgpt_jax.corpus.worker", str(plan_file), str(out)]
+        self._processes: list[subprocess.Popen[str]] = []
+
+    def start(self, workers: int) -> None:
+        """Starts processes until there are so many."""
+        for _ in range(workers - len(self._processes)):
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            self._processes.append(subprocess.Popen(self._command, env=self._environment, **pipes))
 
     def __enter__(self) -> Pool:
         return self

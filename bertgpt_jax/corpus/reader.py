@@ -225,7 +225,7 @@ class _Resident:
             return values
 
     def gather(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        return self._values[ragged_index(starts, lengths)]
+        return self._values.take(ragged_index(starts, lengths))
 
 
 class _Cached:
@@ -251,7 +251,7 @@ class _Cached:
             for lo, hi in self._rounds(chunks):
                 slots = self._fetch(chunks[lo:hi])
                 flat = ragged_index(slots * CHUNK + offsets[lo:hi], sizes[lo:hi])
-                parts.append(self._buffer.reshape(-1)[flat])
+                parts.append(self._buffer.reshape(-1).take(flat))
         return np.concatenate(parts) if parts else np.empty(0, self._buffer.dtype)
 
     def _pieces(self, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -265,5 +265,5 @@ def _ordered(
     cuts = np.searchsorted(ends, np.arange(0, len(ordered) + _BLOCK_TOKENS, _BLOCK_TOKENS))
     for lo, hi in zip(cuts, cuts[1:], strict=False):
         target = ragged_index(ends[lo:hi] - lengths[lo:hi], lengths[lo:hi])
-        ordered[target] = values[ragged_index(starts[lo:hi], lengths[lo:hi])]
+        ordered[target] = values.take(ragged_index(starts[lo:hi], lengths[lo:hi]))
     return ordered

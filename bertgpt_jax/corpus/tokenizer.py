@@ -101,9 +101,10 @@ class Tokenizer:
         """
         if not hasattr(self, "_pieces"):
             self._pieces = self.pieces()
-        first, last = self._pieces[0][ids], self._pieces[1][ids]
-        known = np.where(last == _INSIDE, 0, np.arange(len(last)))
-        last = last[np.maximum.accumulate(known)]
+        first, last = self._pieces[0].take(ids), self._pieces[1].take(ids)
+        if (last == _INSIDE).any():
+            known = np.where(last == _INSIDE, 0, np.arange(len(last)))
+            last = last.take(np.maximum.accumulate(known))
         before = np.empty_like(last)
         before[1:] = last[:-1]
         before[:1] = _SPACE

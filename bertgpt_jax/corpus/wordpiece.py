@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import string
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,8 @@ from bertgpt_jax.corpus.backed import BackedTokenizer, check_trained, read_pipel
 from bertgpt_jax.corpus.config import WordPieceConfig
 from bertgpt_jax.corpus.special import SPECIAL_TOKENS, TRAINED_IDS, SpecialIds
 from bertgpt_jax.corpus.tokenizer import CONFIG_FILE, config_file, find_special, read_file
+from bertgpt_jax.corpus.view import ragged_index
+from bertgpt_jax.corpus.word_table import LONGEST, WordTable
 from bertgpt_jax.errors import DataError
 
 MAX_WORD_CHARACTERS = 200
@@ -28,6 +32,19 @@ _WORDS = re.compile(rf"[{_IDEOGRAPHS}]|[^\s{_IDEOGRAPHS}]+")
 _MARKS = r"!-/:-@\[-`{-~"
 """ASCII punctuation: each mark is a word of its own."""
 _PARTS = re.compile(rf"[^{_MARKS}]+|[{_MARKS}]")
+_SPACE, _MARK, _LETTER, _WIDE = range(4)
+
+
+def _byte_classes() -> bytes:
+    """The class of every byte of UTF-8; all that are not ASCII are `_WIDE`."""
+    classes = bytearray([_LETTER] * 128 + [_WIDE] * 128)
+    for characters, kind in ((" \t\n\r\x0b\x0c\x1c\x1d\x1e\x1f", _SPACE), (string.punctuation, _MARK)):
+        for character in characters:
+            classes[ord(character)] = kind
+    return bytes(classes)
+
+
+_CLASSES = _byte_classes()
 
 
 class WordPiece(BackedTokenizer):
@@ -67,6 +84,32 @@ class WordPiece(BackedTokenizer):
             return None
         return part.lower() if self._lowercase else part
 
+    @cached_property
+    def _word_table(self) -> WordTable:
+        return WordTable(self.encode_parts)
+
+    def encode_pieces(self, pieces: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Short ASCII words, nearly all in most scripts with spaces, are looked up together; others one by one."""
+        text = "\n".join(pieces)
+        if "\0" in text:  # `WordTable` could not tell it from the end of a word
+            return super().encode_pieces(pieces)
+        data = text.encode()
+        starts, lengths, plain = _find_words(data)
+        ids, counts = self._word_table.encode(data, starts[plain], lengths[plain])
+        others = np.flatnonzero(~plain)
+        spans = zip(starts[others].tolist(), (starts[others] + lengths[others]).tolist(), strict=True)
+        other_ids, other_counts = super().encode_pieces([data[lo:hi].decode() for lo, hi in spans])
+        totals = np.zeros(len(starts) + 1, np.int64)
+        totals[1:][plain], totals[1:][others] = counts, other_counts
+        totals = totals.cumsum()
+        if len(others):
+            merged = np.empty(totals[-1], np.int32)
+            merged[ragged_index(totals[:-1][plain], counts)] = ids
+            merged[ragged_index(totals[:-1][others], other_counts)] = other_ids
+            ids = merged
+        ends = totals[np.searchsorted(starts, _byte_ends(pieces, data))]
+        return ids, np.diff(ends, prepend=0)
+
     def word_starts(self, ids: np.ndarray, begins: np.ndarray) -> np.ndarray:
         """Every piece that is no `##` continuation (BERT's words: punctuation marks and ideographs are words)."""
         if not hasattr(self, "_starts"):
@@ -82,6 +125,31 @@ class WordPiece(BackedTokenizer):
             if not character.isspace() and not normalizer.normalize_str(character).strip():
                 lost[character] = count
         return lost
+
+
+def _find_words(data: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where the words of UTF-8 start, their lengths in bytes (int64), and whether each is ASCII and short.
+
+    White space and punctuation marks of ASCII part them; a mark is a word. Those that are not ASCII may part further.
+    """
+    classes = np.frombuffer(data.translate(_CLASSES), np.uint8)
+    edges = np.zeros(len(data) + 2, bool)
+    inside, marks = np.greater_equal(classes, _LETTER, out=edges[1:-1]), classes == _MARK
+    starts = np.flatnonzero((inside & ~edges[:-2]) | marks)
+    lengths = np.flatnonzero((inside & ~edges[2:]) | marks) + 1 - starts
+    plain = lengths <= LONGEST
+    if len(starts) and not data.isascii():
+        plain &= np.maximum.reduceat(classes, starts) != _WIDE
+    return starts, lengths, plain
+
+
+def _byte_ends(pieces: Sequence[str], data: bytes) -> np.ndarray:
+    """int64: the byte of `data`, the UTF-8 of the pieces with one character between them, at which each one ends."""
+    ends = np.cumsum(np.fromiter(map(len, pieces), np.int64, len(pieces)) + 1) - 1
+    if data.isascii():
+        return ends
+    inner = np.flatnonzero((np.frombuffer(data, np.uint8) & 0xC0) == 0x80)  # bytes of a character but its first
+    return ends + np.searchsorted(inner - np.arange(len(inner)), ends, "right")
 
 
 def _bert_normalizer(lowercase: bool, strip_accents: bool) -> normalizers.BertNormalizer:

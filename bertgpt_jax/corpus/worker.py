@@ -31,12 +31,14 @@ from bertgpt_jax.errors import UserError
 
 def main() -> int:
     """Answers commands until the input ends."""
-    plan, out = plan_from_json(find_place(sys.argv[1])), find_place(sys.argv[2])
+    plan: Plan | None = None
+    plan_file, out = map(find_place, sys.argv[1:3])
     gc.disable()  # a third of the time: it goes through lists of words again and again, and nothing here makes cycles
     parent = os.getppid()
     tokenizer: Tokenizer | None = None
     for line in sys.stdin:
         command = json.loads(line)
+        plan = plan or plan_from_json(plan_file)
         try:
             if "tokenise" in command:
                 tokenizer = tokenizer or load_tokenizer(out / "tokenizer")

@@ -44,12 +44,14 @@ class PathChoice(NamedTuple):
         form: of attention over a sequence that the mesh splits; `auto`: gathered where a kernel computes it, else the
             ring if it can serve.
         zigzag: sequences that the mesh splits lie in zigzag order (`nn.sequence`).
+        emulate: splash may run on other platforms, emulated.
     """
 
     wanted: Literal["auto"] | Path = "reference"
     platform: str = "cpu"
     form: Literal["auto"] | Form = "auto"
     zigzag: bool = False
+    emulate: bool = False
 
 
 REFERENCE = PathChoice()
@@ -83,7 +85,8 @@ def dot_product_attention(
         return ring.ring_attention(q_BTNH, k_BSNH, v_BSNH, mask, zigzag)
     path = choose_path(choice, *settings, shards)
     if path == "splash":
-        return splash.splash_attention(q_BTNH, k_BSNH, v_BSNH, mask, zigzag)
+        emulated = choice.emulate and choice.platform != "tpu"
+        return splash.splash_attention(q_BTNH, k_BSNH, v_BSNH, mask, zigzag, emulated)
     if path == "cudnn":
         return cudnn.cudnn_attention(q_BTNH, k_BSNH, v_BSNH, mask)
     if shards > 1:
@@ -149,7 +152,7 @@ def choose_path(
         return path
     found = _KERNELS[path](q_shape, kv_length, dtype, mask, dropping, shards)
     owner = next(name for name, preferred in PREFERRED.items() if preferred == path)
-    if owner != platform:
+    if owner != platform and not (choice.emulate and path == "splash"):
         found = [f"it runs on {owner}, not on {platform}", *found]
     shape = f"{q_shape[1]} x {kv_length}, {q_shape[2]} heads of {q_shape[3]}, {jnp.dtype(dtype).name}"
     if found and wanted != "auto":

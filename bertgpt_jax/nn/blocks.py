@@ -101,6 +101,9 @@ class ComputeConfig(Config):
     platform: Literal["cpu", "gpu", "tpu"] | None = Field(
         default=None, description="compiled for; null: the one jax runs on"
     )
+    emulate: bool = Field(
+        default=False, description="attention = splash runs on any platform, emulated: slowly, to check what it gives"
+    )
 
     def compiled_for(self) -> str:
         """cpu, gpu or tpu."""
@@ -109,7 +112,8 @@ class ComputeConfig(Config):
 
     def attention_choice(self) -> PathChoice:
         """How attention is to be computed."""
-        return PathChoice(self.attention, self.compiled_for(), self.context_attention, bool(self.zigzag))
+        form, zigzag = self.context_attention, bool(self.zigzag)
+        return PathChoice(self.attention, self.compiled_for(), form, zigzag, self.emulate)
 
     def layers_per_body(self, num_layers: int) -> int:
         """Layers of one body of the loop over layers."""

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bertgpt_jax.batches import dataset as dataset_module
 from bertgpt_jax.batches import pairs
-from bertgpt_jax.batches.dataset import Dataset
+from bertgpt_jax.batches.dataset import Dataset, documents_of
 from bertgpt_jax.batches.examples import FullDocuments, SentencePairs, Windows
 from bertgpt_jax.batches.masking import Masking
 from bertgpt_jax.corpus.special import TRAINED_IDS, SpecialIds
@@ -406,3 +407,24 @@ def test_numbers_outside_the_range(corpus):
         data.batch(-1)
     with pytest.raises(IndexError, match="16"):
         data.batch(0, np.array([16]))
+
+
+@pytest.mark.parametrize("block", [1, 7, 1000])
+def test_the_documents_of_a_span(corpus, block: int, monkeypatch: pytest.MonkeyPatch):
+    """All of a shard is never asked for, and what is found is what looking at every document finds."""
+    monkeypatch.setattr(dataset_module, "_DOCUMENTS_READ", block)
+    rng, read = np.random.default_rng(1), []
+    spans = corpus.document_spans
+    monkeypatch.setattr(corpus, "document_spans", lambda s, lo, hi: read.append(hi - lo) or spans(s, lo, hi))
+    for shard in range(corpus.num_shards):
+        starts, ends = spans(shard, 0, int(corpus.documents[shard]))
+        documents = list(enumerate(zip(starts.tolist(), (ends + 1).tolist(), strict=True)))
+        for _ in range(50):
+            start, stop = sorted(rng.integers(starts[0], ends[-1] + 2, 2).tolist())
+            wanted = [
+                (shard, i, max(start, lo) - lo, min(stop, hi) - lo)
+                for i, (lo, hi) in documents
+                if lo < stop and hi > start
+            ]
+            assert start == stop or documents_of(corpus, start, stop) == wanted
+    assert max(read) <= block

@@ -37,6 +37,7 @@ KINDS = {
     "full_sentences": (FullSentences(), MASKED),
     "doc_sentences": (DocSentences(), MASKED),
     "sentence_pairs": (SentencePairs(), MASKED),
+    "sentence_order": (SentencePairs(task="sentence_order"), Masking(number="stochastic", spans=3)),
     "packed_pairs": (PackedPairs(), WORDS),
 }
 MIXED = ("windows", "packed_documents", "sentence_pairs")

@@ -59,6 +59,15 @@ def test_a_leak_ends_with_1_and_names_the_segments(
 
 
 @pytest.mark.slow
+def test_the_kernel_of_tpus_is_emulated(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["model.hidden_size=64", "model.num_heads=1", "model.max_positions=128", "stages.0.sequence_length=128"]
+    assert run(config, PACKED, "--trials", "1", *sizes) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("causal_lm, packed_documents, splash (emulated): no leak; 1 of ")]
+    assert [line for line in lines if "cudnn: not checked" in line and "it runs on gpu" in line]
+
+
+@pytest.mark.slow
 def test_windows_leak_by_design_and_say_so(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(config) == 0
     first, *_, last = capsys.readouterr().out.splitlines()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -44,15 +45,22 @@ def run(python: str, repository: Path, *arguments: str) -> subprocess.CompletedP
 
 
 @pytest.mark.slow
-def test_beam_writes_the_same_bytes(beam_python, repository, tmp_path):
+@pytest.mark.parametrize("more", [(), ("filters.duplicates=drop",)], ids=["all", "without duplicates"])
+def test_beam_writes_the_same_bytes(more, beam_python, repository, tmp_path):
     source = write_rows(tmp_path / "a.jsonl", 900)
-    assert main([str(source), "--quiet", "--out", str(tmp_path / "pool"), *SETTINGS]) == 0
-    arguments = [str(source), "--quiet", "--out", str(tmp_path / "beam"), "--runner", "direct", *SETTINGS]
+    rows = source.read_text().splitlines(keepends=True)
+    source.write_text("".join([*rows, *rows[5:300]]))  # the repeats lie in other shards
+    settings = [*SETTINGS, *more]
+    assert main([str(source), "--quiet", "--out", str(tmp_path / "pool"), *settings]) == 0
+    arguments = [str(source), "--quiet", "--out", str(tmp_path / "beam"), "--runner", "direct", *settings]
     done = run(beam_python, repository, *arguments, "--", "--direct_num_workers=2")
     assert done.returncode == 0, done.stderr[-3000:]
     expected = contents(tmp_path / "pool")
     assert len([name for name in expected if name.endswith("done.json")]) > 4
-    assert contents(tmp_path / "beam") == expected
+    assert json.loads(expected["manifest.json"])["cleaning"].get("duplicates", 0) == (295 if more else 0)
+    found = contents(tmp_path / "beam")
+    places = [json.loads(corpus.pop("plan.json"))["duplicates"] for corpus in (expected, found)]
+    assert found == expected and all(places) == bool(more)
 
 
 @pytest.mark.slow

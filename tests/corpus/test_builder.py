@@ -523,7 +523,8 @@ def test_a_dead_worker_is_named(tmp_path):
     from bertgpt_jax.errors import PeerError
 
     (tmp_path / "plan.json").write_text("not a plan")
-    with Pool(1, tmp_path / "plan.json", tmp_path) as pool, pytest.raises(PeerError, match="exit code 1"):
+    with Pool(tmp_path / "plan.json", tmp_path) as pool, pytest.raises(PeerError, match="exit code 1"):
+        pool.start(1)
         list(pool.run([{"tokenise": 0}], lambda answer: "done" in answer))
 
 

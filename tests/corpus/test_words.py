@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bertgpt_jax.corpus import backed
+from bertgpt_jax.corpus import backed, word_table
 from bertgpt_jax.corpus.config import ByteBPEConfig, WordPieceConfig
 from bertgpt_jax.corpus.kinds import open_tokenizer, train_tokenizer
 from bertgpt_jax.corpus.word_cache import WordCache
+from bertgpt_jax.corpus.word_table import LONGEST, WordTable
 
 SPACES = "".join(c for c in map(chr, range(sys.maxunicode + 1)) if c.isspace())
 NEAR_SPACES = "\u200b\u200d\u2060\ufeff\u180e\x00\x01\x07\x1b\x7f\x80\xad\ufffd"
@@ -36,6 +37,8 @@ FRAGMENTS = [
     "the",
     " the",
     "The",
+    *("q" * n for n in range(14, 19)),
+    "é" * 8,
 ]
 FRAGMENTS += ["don't", "we'll", "'s", " 're", "I'M", "[SEP]", "<|endoftext|>", "wonderful", "x" * 201, "1234", "naïve"]
 TEXTS = [
@@ -120,8 +123,8 @@ def test_real_text_with_published_vocabularies(shared_data, name):
 def test_long_texts_are_cut_into_pieces(tokenizers, kind, monkeypatch):
     monkeypatch.setattr(backed, "_BLOCK_CHARACTERS", 50)
     seen: list[int] = []
-    cut = tokenizers[kind].words
-    monkeypatch.setattr(tokenizers[kind], "words", lambda piece: seen.append(len(piece)) or cut(piece), raising=False)
+    encode = tokenizers[kind].encode_pieces
+    monkeypatch.setattr(tokenizers[kind], "encode_pieces", lambda p: seen.extend(map(len, p)) or encode(p))
     text = "some words  and\nmore \n of them, don't cut 'em. " * 20
     assert_equal(tokenizers[kind], ["x", text, "", text[5:], "y" * 300, "\n" * 120 + "z"])
     assert sorted(seen)[-2:] == [121, 300] and sorted(seen)[-3] < 70
@@ -155,3 +158,31 @@ def test_threads_share_a_cache(tokenizers):
     expected = [tokenizer.encode_whole([line])[0].tolist() for line in lines]
     with ThreadPoolExecutor(8) as pool:
         assert [ids.tolist() for ids in pool.map(tokenizer.encode, lines * 3)] == expected * 3
+
+
+def test_a_table_of_short_words_is_exact_and_bounded(monkeypatch):
+    """Words that differ in one byte, that begin others, that fill the 16 bytes; more words than the table holds."""
+    monkeypatch.setattr(word_table, "_CAPACITY", 64)
+    monkeypatch.setattr(word_table, "_SLOTS", 128)
+    monkeypatch.setattr(word_table, "_AT_ONCE", 50)
+    seen: list[str] = []
+
+    def encode(words):
+        assert len(set(words)) == len(words) <= 50
+        seen.extend(words)
+        return np.array([ord(c) for w in words for c in w], np.int32), np.array([len(w) for w in words], np.int64)
+
+    table = WordTable(encode)
+    rng = random.Random(3)
+    few = ["a" * n for n in range(1, LONGEST + 1)] + ["a" * n + "b" for n in range(LONGEST)] + ["b" * 8 + "a", "\x01"]
+    many = ["".join(rng.choices("abcXYZ09", k=rng.randint(1, LONGEST))) for _ in range(3000)]
+    rounds: list[int] = []
+    for words in (few, rng.choices(few, k=1000), many, [], few):
+        data = " ".join(words).encode()
+        lengths = np.array([len(w) for w in words], np.int64)
+        ids, counts = table.encode(data, np.cumsum(lengths + 1) - lengths - 1, lengths)
+        assert "".join(map(chr, ids)) == "".join(words) and counts.tolist() == lengths.tolist()
+        assert len(table) <= 64
+        rounds.append(len(seen))
+    assert rounds[0] == rounds[1] == len(few)  # a word is encoded again only after the table was full
+    assert rounds[2] == rounds[3] < rounds[4] and set(seen) == {*few, *many}

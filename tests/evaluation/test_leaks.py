@@ -21,6 +21,7 @@ from bertgpt_jax.models.bert import Bert, BertConfig
 from bertgpt_jax.models.gpt import Gpt, GptConfig
 from bertgpt_jax.nn.blocks import ComputeConfig
 from bertgpt_jax.nn.masks import AttentionMask
+from bertgpt_jax.nn.splash import LANES
 from bertgpt_jax.objectives import causal_lm, masked_lm
 from bertgpt_jax.objectives.causal_lm import CausalLM
 from bertgpt_jax.objectives.masked_lm import MaskedLM
@@ -47,8 +48,8 @@ def corpus() -> InMemoryCorpus:
     )
 
 
-def batch_of(objective) -> dict[str, np.ndarray]:
-    data = Dataset(corpus(), objective.examples, objective.masking, sequence_length=T, batch_size=4)
+def batch_of(objective, length: int = T) -> dict[str, np.ndarray]:
+    data = Dataset(corpus(), objective.examples, objective.masking, sequence_length=length, batch_size=4)
     return leaks.rows_to_check(data.batch, objective.examples, 2)
 
 
@@ -58,11 +59,18 @@ def params_of(model, objective, batch):
     return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), nn.unbox(shapes))
 
 
-def check(case: str, **more) -> list[leaks.Leak]:
-    model, objective = CASES[case]
-    batch = batch_of(objective)
+def check(case: str, model=None, length: int = T, **more) -> list[leaks.Leak]:
+    objective = CASES[case][1]
+    model, batch = model or CASES[case][0], batch_of(objective, length)
     params = params_of(model, objective, batch)
     return leaks.find_leaks(leaks.observer(model, objective), params, batch, objective.examples, REGULAR, **more)
+
+
+def splash_model(case: str):
+    """The model of a case in sizes that the kernel takes, which is emulated."""
+    sizes = SIZES | {"max_positions": LANES, "hidden_size": 64, "num_heads": 1}
+    compute = ComputeConfig(unroll_layers=False, attention="splash", emulate=True)
+    return Gpt(GptConfig(**sizes), compute) if case == "causal" else Bert(BertConfig(**sizes), compute)
 
 
 @pytest.mark.parametrize("case", ["pairs", *(pytest.param(c, marks=pytest.mark.slow) for c in CASES if c != "pairs")])
@@ -70,6 +78,19 @@ def test_nothing_leaks(case: str) -> None:
     found = check(case)
     assert len(found) == (2 if case == "plain pairs" else 3) and not any(found)
     assert len({leak.perturbed for leak in found}) == len(found)
+
+
+@pytest.mark.parametrize("case", ["causal", *(pytest.param(c, marks=pytest.mark.slow) for c in CASES if c != "causal")])
+def test_nothing_leaks_through_splash(case: str) -> None:
+    found = check(case, splash_model(case), LANES, trials=2)
+    assert len(found) == 2 and not any(found)
+
+
+@pytest.mark.slow
+def test_a_leak_through_splash_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(masked_lm, "segment_mask", lambda segments, packed: AttentionMask())
+    (leak,) = check("masked", splash_model("masked"), LANES, trials=1)
+    assert leak.outputs and leak.gradients and leak.losses and leak.reached
 
 
 @pytest.mark.slow

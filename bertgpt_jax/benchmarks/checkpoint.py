@@ -26,6 +26,7 @@ from bertgpt_jax.objectives.causal_lm import CausalLM
 from bertgpt_jax.parallel.mesh import MeshConfig, make_mesh
 from bertgpt_jax.training import setup, storage
 from bertgpt_jax.training.checkpoint import Checkpoints
+from bertgpt_jax.training.niceness import let_files_wait
 from bertgpt_jax.training.run_config import RunConfig, StageConfig
 from bertgpt_jax.training.schedules import Constant
 
@@ -49,6 +50,7 @@ class Settings(Config):
 
 def run(settings: Settings) -> Result:
     """Trains with and without saves by turns, then saves and writes by turns."""
+    let_files_wait()  # as every run does
     with contextlib.ExitStack() as stack:
         root = Path(settings.directory or stack.enter_context(tempfile.TemporaryDirectory()))
         training = _Training(settings)

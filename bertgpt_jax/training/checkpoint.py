@@ -71,7 +71,9 @@ class Checkpoints:
         self._upload: Future[None] | None = None
         self._staging = _staging_directory(workdir)
         self._saver = ocp.AsyncCheckpointer(
-            ocp.PyTreeCheckpointHandler(), atomicity_options=AtomicityOptions(mode=AtomicityMode.COMMIT_FILE)
+            # weights and moments hardly shrink, and trying takes most of a save's CPU time
+            ocp.PyTreeCheckpointHandler(use_compression=False),
+            atomicity_options=AtomicityOptions(mode=AtomicityMode.COMMIT_FILE),
         )
 
     # ------------------------------------------------------------ what there is
@@ -149,9 +151,11 @@ class Checkpoints:
         key = [(path, x.shape, x.dtype, x.sharding) for path, x in flat.items()]
         if self._snapshot is None or self._snapshot[0] != key:
             shardings = {path: x.sharding for path, x in flat.items()}
+            whole = all(len(sharding.device_set) == 1 for sharding in shardings.values())
 
             def snapshot(tree: dict[str, Any]) -> tuple[Any, Any]:
-                return (jax.tree.map(jnp.copy, tree) if copies else None), fingerprint_vector(tree)
+                prints = fingerprint_vector(tree, in_slabs=copies and whole)
+                return (jax.tree.map(jnp.copy, tree) if copies else None), prints
 
             self._snapshot = key, jax.jit(snapshot, out_shardings=(shardings if copies else None, None))
         copied, values = self._snapshot[1](flat)

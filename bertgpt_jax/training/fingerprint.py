@@ -20,6 +20,7 @@ from jaxtyping import Array, UInt32
 from bertgpt_jax.parallel.sharding import flatten
 
 _SLAB_BYTES = 16 << 20
+_LOOP_BYTES = 1 << 20
 
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
 
@@ -52,10 +53,30 @@ def leaf_fingerprint(x: Array, first: Array | int = 0) -> UInt32[Array, ""]:
     return jnp.sum(_mix(_mix(bits ^ salt) + salt), dtype=jnp.uint32)
 
 
-def fingerprint_vector(tree: Any) -> UInt32[Array, " leaves"]:
-    """The fingerprints of a tree's leaves, in the tree's order, as one array; traceable."""
+def fingerprint_vector(tree: Any, *, in_slabs: bool = False) -> UInt32[Array, " leaves"]:
+    """The fingerprints of a tree's leaves, in the tree's order, as one array; traceable.
+
+    Args:
+        in_slabs: large leaves, which must not be sharded, are mixed part by part. Compilers for CPUs do not merge the
+            mixing with the sum: at once, it writes and reads several times the memory of the leaf.
+    """
     leaves = jax.tree_util.tree_leaves(tree)
-    return jnp.stack([leaf_fingerprint(x) for x in leaves]) if leaves else jnp.zeros(0, jnp.uint32)
+    mix = _looped_fingerprint if in_slabs else leaf_fingerprint
+    return jnp.stack([mix(x) for x in leaves]) if leaves else jnp.zeros(0, jnp.uint32)
+
+
+def _looped_fingerprint(x: Array) -> UInt32[Array, ""]:
+    """`leaf_fingerprint` of one array as a loop over parts of it that stay in a cache."""
+    if x.ndim == 0 or x.nbytes <= _LOOP_BYTES:
+        return leaf_fingerprint(x)
+    rows = max(_LOOP_BYTES * len(x) // x.nbytes, 1)
+    parts = len(x) // rows
+
+    def add(i: Array, total: Array) -> Array:
+        return total + leaf_fingerprint(jax.lax.dynamic_slice_in_dim(x, i * rows, rows), i * rows)
+
+    total = jax.lax.fori_loop(0, parts, add, jnp.uint32(0))
+    return total + leaf_fingerprint(x[parts * rows :], parts * rows) if parts * rows < len(x) else total
 
 
 _fingerprint_on_device = jax.jit(fingerprint_vector)

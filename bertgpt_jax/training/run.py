@@ -26,6 +26,7 @@ from bertgpt_jax.training.fingerprint import state_fingerprint
 from bertgpt_jax.training.guards import PreemptionGuard
 from bertgpt_jax.training.loop import Loop
 from bertgpt_jax.training.metrics import MetricWriter, duration
+from bertgpt_jax.training.niceness import let_files_wait
 from bertgpt_jax.training.rows import read_rows
 from bertgpt_jax.training.run_config import RunConfig, StageConfig, with_steps, with_vocabulary
 from bertgpt_jax.training.watch import Watch
@@ -81,6 +82,7 @@ def train(
         Diverged: too many updates in a row were not finite.
     """
     begun = time.perf_counter()
+    let_files_wait()
     call = {"workdir": workdir_text, "from_step": from_step, "allow_change": list(allow_change)}
     distributed.initialize(distributed.from_environment(config.execution.distributed), shared_facts(config, call))
     if check_devices is not None:

@@ -60,6 +60,17 @@ def test_a_large_array_in_slabs(monkeypatch: pytest.MonkeyPatch, shape: tuple[in
     assert (len(calls) > 1) == (x.nbytes > 100)
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (37,), (36, 5), (3, 40, 2)])
+def test_mixed_in_a_loop(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]) -> None:
+    """In parts that divide the array or not, the last one shorter, a row larger than a part."""
+    monkeypatch.setattr(fingerprint, "_LOOP_BYTES", 48)
+    leaves = [jnp.asarray(np.random.default_rng(4).standard_normal(shape), jnp.float32), jnp.arange(40)]
+    looped, whole = (
+        jax.jit(lambda t, s=s: fingerprint.fingerprint_vector(t, in_slabs=s))(leaves) for s in (True, False)
+    )
+    assert looped.tolist() == whole.tolist()
+
+
 def test_every_mesh_gives_the_same() -> None:
     w = np.random.default_rng(1).standard_normal((16, 8, 4)).astype(np.float32)
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)

@@ -121,7 +121,10 @@ def _example_line(found: dict[str, Any]) -> str:
         split = "/".join(f"{share:.3f}" for share in found["masks"].values())
         parts.append(f"masked {found['masked_share']:.2%} (mask/random/kept {split})")
     if "random_next_share" in found:
-        parts.append(f"random next {found['random_next_share']:.2%}")
+        why = f"{found['one_sentence_share']:.2%} of the pairs are of one sentence, which nothing follows"
+        parts.append(f"random next {found['random_next_share']:.2%} ({why})")
+    if "swapped_share" in found:
+        parts.append(f"swapped {found['swapped_share']:.2%}")
     if found.get("segments_per_row", 1) > 1:
         parts.append(f"{found['segments_per_row']:.2f} segments a row")
     return f"{begin}: {', '.join(parts)}"
@@ -155,8 +158,8 @@ def draw(report: dict[str, Any], path: Path) -> None:
     tokens.set(yscale="log", title="share of the most frequent tokens")
     tokens.tick_params(axis="x", rotation=90)
     made = [found for found in report["examples"] if "left_out" not in found]
-    for offset, name in enumerate(("padding_share", "masked_share", "random_next_share")):
-        places = [i + 0.27 * (offset - 1) for i, found in enumerate(made) if name in found]
+    for offset, name in enumerate(("padding_share", "masked_share", "random_next_share", "swapped_share")):
+        places = [i + 0.27 * (min(offset, 2) - 1) for i, found in enumerate(made) if name in found]
         shares.barh(places, [found[name] for found in made if name in found], 0.25, label=name.replace("_", " "))
     labels = [" ".join(filter(None, (f.get("stage"), f["corpus"], f["examples"]))) for f in made]
     shares.set_yticks(range(len(made)), labels, fontsize=8)

@@ -80,7 +80,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory / "config.json"
 
 
-def test_the_examples_of_a_config(config: Path, tmp_path: Path) -> None:
+def test_the_examples_of_a_config(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     arguments = [str(config), "--corpora", str(config.parent / "corpora"), "--json", str(tmp_path / "r.json")]
     assert main(arguments) == 0
     first, second = json.loads((tmp_path / "r.json").read_text())["examples"]
@@ -89,10 +89,18 @@ def test_the_examples_of_a_config(config: Path, tmp_path: Path) -> None:
         assert found["rows"] == found["rows_per_epoch"]  # all are counted, so that both measures must agree
         assert found["padding_share"] == pytest.approx(1 - found["packing_efficiency"])
         assert 0.13 < found["masked_share"] < 0.17 and 0.5 < found["random_next_share"] < 0.7
+        # half of the pairs that could have a next sentence have a random one, and all that could not
+        alone = found["one_sentence_share"]
+        assert alone > 0.05 and found["random_next_share"] == pytest.approx(alone + 0.5 * (1 - alone), abs=0.05)
         assert sum(found["masks"].values()) == pytest.approx(1) and 0.7 < found["masks"]["mask"] < 0.9
+    assert f"({first['one_sentence_share']:.2%} of the pairs are of one sentence" in capsys.readouterr().out
     assert main([*arguments, "objective.examples.kind=packed_pairs"]) == 0
     packed = json.loads((tmp_path / "r.json").read_text())["examples"][1]
     assert packed["packing_efficiency"] > second["packing_efficiency"] and packed["segments_per_row"] > 1
+    assert packed["one_sentence_share"] == second["one_sentence_share"]
+    assert main([*arguments, "objective.examples.task=sentence_order"]) == 0
+    swapped = json.loads((tmp_path / "r.json").read_text())["examples"][1]
+    assert 0.4 < swapped["swapped_share"] < 0.6 and not {"random_next_share", "one_sentence_share"} & swapped.keys()
 
 
 @pytest.mark.parametrize(

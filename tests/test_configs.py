@@ -79,7 +79,7 @@ def test_docstring(name: str, repository: Path) -> None:
 PLANNED = [name for name in NAMES if "\nPlan: " in docstring(name)]
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "gpt3/175b" else pytest.mark.slow) for n in PLANNED])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "gpt3/175b" else pytest.mark.long) for n in PLANNED])
 def test_the_plan_that_a_config_names(name: str) -> None:
     """Its place, bytes, utilisation and days are what the planner says of it today, within the models' own error."""
     verdict = r"^Plan: +(\S+) fits: ([\d.]+) of ([\d.]+) GiB a chip \(.*\), MFU (\d+)%, ([\d.]+) days predicted$"

@@ -61,11 +61,12 @@ def _export(args: argparse.Namespace) -> int:
         for line in export_stablehlo(source, args.out, args.dtype):
             print(line)
         return 0
+    from bertgpt_jax.training.storage import workdir_path
     from bertgpt_jax.transfer.export import export_hf
+    from bertgpt_jax.transfer.trained_on import corpus_totals
 
-    proof = export_hf(
-        source, args.out, args.dtype, shard_bytes, args.proof, args.proof_layers, args.license
-    )  # fmt: skip
+    data = corpus_totals(workdir_path(args.source), source.meta) if source.meta else {}
+    proof = export_hf(source, args.out, args.dtype, shard_bytes, args.proof, args.proof_layers, args.license, data)
     outputs = proof["outputs"]
     print(f"  {proof['tensors_equal']} tensors read back: every bit as in the checkpoint")
     print(

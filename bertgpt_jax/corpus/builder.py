@@ -75,7 +75,8 @@ def prepare_corpus(
 
     Raises:
         ConfigError: `out` holds a corpus of other settings; the source path is wrong.
-        DataError: a source or tokenizer file is damaged, or no document is left after cleaning.
+        DataError: a source or tokenizer file is damaged, or no document is left after cleaning. After these two
+            nothing is left of what this call began.
         StorageError: something cannot be read or written. PeerError: a worker died.
     """
     place = find_place(out)
@@ -119,10 +120,30 @@ def _build(
     if (out / MANIFEST).is_file():
         _check_same(read_manifest(out)["request"], request, out)
         return out
-    if (out / PLAN_FILE).is_file():
+    begun = (out / PLAN_FILE).is_file()
+    if begun:
         _check_same(_request_of(out / PLAN_FILE), request, out)
     elif not is_empty(out):
         raise ConfigError(f"{out} exists and is no tokenised corpus; choose an empty directory")
+    try:
+        _make(config, files, request, out, progress is True, report, elsewhere)
+    except (ConfigError, DataError):
+        if not begun and elsewhere is None:
+            remove_tree(out)  # the settings or the text must change, and then it would not be continued
+        raise
+    return out
+
+
+def _make(
+    config: CorpusConfig,
+    files: tuple[SourceFile, ...],
+    request: str,
+    out: Place,
+    show: bool,
+    report: Report,
+    elsewhere: Elsewhere | None,
+) -> None:
+    """Plan, tokenizer, shards and manifest, as far as they are not there."""
     most = (config.workers if config.workers >= 0 else os.cpu_count() or 1) if elsewhere is None else 0
     with ExitStack() as stack:
         pool = stack.enter_context(Pool(out / PLAN_FILE, out)) if most else None
@@ -137,7 +158,7 @@ def _build(
         if plan.duplicates and not all(_finished(plan, out, i) for i in range(len(plan.shards))):
             ensure_duplicates(plan, out, pool, report)
         tokenizer = _ensure_tokenizer(plan, out, pool, report)
-        work = _tokenise_missing(plan, out, tokenizer, elsewhere or pool, show=progress is True, report=report)
+        work = _tokenise_missing(plan, out, tokenizer, elsewhere or pool, show=show, report=report)
     manifest = _manifest(plan, out, tokenizer)
     if not sum(manifest["shards"]["documents"]):
         raise DataError(nothing_left(plan.config.path, manifest["cleaning"]))
@@ -147,7 +168,6 @@ def _build(
     write_whole(out / MANIFEST, json.dumps(manifest, ensure_ascii=False) + "\n")
     for line in report_lines(manifest, work, out):
         report(line)
-    return out
 
 
 def _print_line(line: str) -> None:

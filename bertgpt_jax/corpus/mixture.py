@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
+import logging
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +20,11 @@ from bertgpt_jax.corpus.reader import CorpusReader
 from bertgpt_jax.corpus.special import SpecialIds
 from bertgpt_jax.corpus.tokenizer import Tokenizer
 from bertgpt_jax.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+_DECIDE_THE_SPLIT = ("held_out", "seed", "cleaning", "format", "text_field", "separator")
+"""Settings of a corpus that say on which side of its split a document falls."""
 
 
 class MixturePart(Config):
@@ -168,7 +176,30 @@ def open_any(
         if config.tokenizer.path == "":
             first = next(iter(readers.values()))
             tokenizer = {"kind": first.tokenizer.kind, "path": str(first.path / "tokenizer")}
+    for line in overlaps(readers):
+        _warn_once(line)
     return CorpusMixture(readers)
+
+
+def overlaps(readers: Mapping[str, CorpusReader]) -> list[str]:
+    """A line for each two corpora with a source file in common that they split differently, by the files' hashes."""
+    lines = []
+    for (one, a), (other, b) in itertools.combinations(readers.items(), 2):
+        names = dict(zip(a.manifest["sources"]["digest"], a.manifest["sources"]["name"], strict=True))
+        shared = [names[digest] for digest in b.manifest["sources"]["digest"] if digest in names]
+        settings = [{key: x.manifest["config"].get(key) for key in _DECIDE_THE_SPLIT} for x in (a, b)]
+        differ = [key for key in _DECIDE_THE_SPLIT if settings[0][key] != settings[1][key]]
+        if shared and differ:
+            lines.append(
+                f"the mixture's corpora '{one}' and '{other}' share {len(shared)} source files ({shared[0]}), but not "
+                f"{', '.join(differ)}: what one holds out the other trains on; give both the same settings"
+            )
+    return lines
+
+
+@functools.cache
+def _warn_once(line: str) -> None:
+    log.warning(line)
 
 
 def open_prepared(path: str | Mapping[str, str]) -> CorpusReader | CorpusMixture:

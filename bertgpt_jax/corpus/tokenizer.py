@@ -213,8 +213,9 @@ def read_file(path: Path) -> bytes:
 
 def read_json(path: Path) -> dict:
     """A JSON object from a tokenizer file."""
+    data = read_file(path)
     try:
-        tree = json.loads(read_file(path))
+        tree = json.loads(data)
     except ValueError as error:
         raise DataError(f"tokenizer file {path} is damaged: {error}") from None
     if not isinstance(tree, dict):

@@ -67,8 +67,11 @@ def _tokenise(plan: Plan, index: int, tokenizer: Tokenizer, out: Place, parent: 
 
 
 def _answer(value: dict) -> None:
-    sys.stdout.write(json.dumps(value) + "\n")
-    sys.stdout.flush()
+    try:
+        sys.stdout.write(json.dumps(value) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:  # the parent was killed
+        os._exit(0)
 
 
 if __name__ == "__main__":

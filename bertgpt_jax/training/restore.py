@@ -124,7 +124,10 @@ def _compare(workdir: epath.Path, meta: dict[str, Any], abstract: Any, partial: 
     more = f"; and {len(different) - 10} more" if len(different) > 10 else ""
     hint = "name another workdir or the config it was trained with"
     if all(p.startswith("optimizer/") for p in different):
-        hint = "only the optimizer differs: name another workdir or the optimizer it was trained with"
+        hint = (
+            "only the optimizer differs: name the one it was trained with, or begin a new one from the parameters, "
+            f"in another workdir: init_from={workdir}"
+        )
     raise ConfigError(
         f"the checkpoint of step {meta['step']} in '{workdir}' does not fit this config, {len(different)} of"
         f" {len(paths)} leaves differ ({shown}{more}); {hint}"

@@ -20,6 +20,7 @@ from bertgpt_jax.transfer.names import Name
 from bertgpt_jax.transfer.source import Source, check_vocabulary
 from bertgpt_jax.transfer.target import building, write_json
 from bertgpt_jax.transfer.tensors import TensorFiles
+from bertgpt_jax.transfer.trained_on import Totals
 from bertgpt_jax.transfer.writer import DEFAULT_SHARD_BYTES, TensorWriter
 
 PROOF = "export_proof.json"
@@ -33,6 +34,7 @@ def export_hf(
     reference: proving.Reference = "auto",
     layers: int | None = None,
     licence: str = "unknown",
+    data: Totals | None = None,
 ) -> dict[str, Any]:
     """Writes a directory that transformers loads without flags; returns its proof.
 
@@ -43,7 +45,7 @@ def export_hf(
         shard_bytes: tensors in a file, at most.
         reference: what the outputs are compared with.
         layers: how many layers of the outputs are compared, at most; None: as many as the memory holds.
-        licence: for the model card.
+        licence, data: for the model card; what the corpora hold.
 
     Raises:
         ConfigError: transformers cannot express the model (the message lists why), or `out` cannot be.
@@ -65,11 +67,11 @@ def export_hf(
             write_tokenizer(source.tokenizer, work, config.max_positions, encoder=config.kind == "bert")
         if config.kind == "gpt":
             write_json(work / "generation_config.json", _generation(special))
-        write_json(work / "training_args.json", _training_args(source))
+        write_json(work / "training_args.json", _training_args(source, data or {}))
         compared = min(layers or layers_in_memory(source, kind), config.num_layers)
         proof = prove(source, family, rows, work, dtype, kind, compared)
         write_json(work / PROOF, proof)
-        card = model_card(source, tree, proof, licence, _notes(source))
+        card = model_card(source, tree, proof, licence, data or {}, _notes(source))
         (work / "README.md").write_text(card, "utf-8")
     return proof
 
@@ -152,10 +154,11 @@ def _generation(special: SpecialIds) -> dict[str, Any]:
     return {"_from_model_config": False, "do_sample": False, **ids}
 
 
-def _training_args(source: Source) -> dict[str, Any]:
-    """What the model was trained with: the run's config and where its checkpoint stood."""
+def _training_args(source: Source, data: Totals) -> dict[str, Any]:
+    """What the model was trained with: the run's config, its corpora and where its checkpoint stood."""
     names = ("step", "stage", "metrics", "data_fingerprint", "tokenizer_sha256", "versions", "mesh", "config")
-    return {"trained_with": "bertgpt_jax", **{n: redacted(source.meta[n]) for n in names if n in source.meta}}
+    known = {n: redacted(source.meta[n]) for n in names if n in source.meta}
+    return {"trained_with": "bertgpt_jax", **known, **({"data": data} if data else {})}
 
 
 def _notes(source: Source) -> list[str]:

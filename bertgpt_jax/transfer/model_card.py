@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bertgpt_jax.transfer.source import Source
+from bertgpt_jax.transfer.trained_on import Totals
 
 _TAGS = {
     "BertForPreTraining": "fill-mask",
@@ -16,13 +17,16 @@ _TAGS = {
 """Class -> the hub's pipeline tag."""
 
 
-def model_card(source: Source, config: dict[str, Any], proof: dict[str, Any], licence: str, notes: list[str]) -> str:
+def model_card(
+    source: Source, config: dict[str, Any], proof: dict[str, Any], licence: str, data: Totals, notes: list[str]
+) -> str:
     """The text of the card.
 
     Args:
         config: the tree of config.json.
         proof: the tree of export_proof.json.
         licence: an identifier of the hub's list, or `unknown`.
+        data: what the corpora hold, from their manifests; {} where that is not known.
         notes: what a user has to know, a sentence each.
     """
     name, architecture = config["model_type"], config["architectures"][0]
@@ -49,7 +53,7 @@ def model_card(source: Source, config: dict[str, Any], proof: dict[str, Any], li
         'tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")',
         "```",
         "",
-        *_training(source.meta),
+        *_training(source.meta, data),
         "## Export",
         "",
         "Every tensor was read back and compared bit for bit with the checkpoint. On a fixed batch the logits of "
@@ -62,7 +66,7 @@ def model_card(source: Source, config: dict[str, Any], proof: dict[str, Any], li
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _training(meta: dict[str, Any]) -> list[str]:
+def _training(meta: dict[str, Any], data: Totals) -> list[str]:
     if not meta:
         return []
     run = meta.get("config", {})
@@ -76,6 +80,12 @@ def _training(meta: dict[str, Any]) -> list[str]:
         names = [last_part(path) for path in paths]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         lines.append(f"- text: {', '.join(names[:3])}{more}; tokenizer: {corpus.get('tokenizer', {}).get('kind')}")
+    for name, totals in data.items():
+        held_out = totals["documents"] - totals["train_documents"]
+        lines.append(
+            f"- {f'corpus {name}' if name else 'data'}: {totals['train_documents']:,} documents with "
+            f"{totals['train_tokens']:,} tokens ({totals['train_bytes']:,} bytes) to train on, {held_out:,} held out"
+        )
     lines.append(f"- data fingerprint: `{meta.get('data_fingerprint')}`")
     for stage in run.get("stages", ()):
         lines.append(

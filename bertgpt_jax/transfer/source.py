@@ -87,7 +87,8 @@ def check_vocabulary(model_config: ModelConfig, tokenizer: Tokenizer | None, lab
     if tokenizer is not None and tokenizer.vocab_size > model_config.vocab_size:
         raise DataError(
             f"{label}: its tokenizer has {tokenizer.vocab_size:,} ids, the model's table {model_config.vocab_size:,} "
-            "rows; they do not belong together: give the model's own tokenizer, or extend the vocabulary at import"
+            "rows; they do not belong together: give the model's own tokenizer, or train on with rows for the new ids "
+            "(init_from=MODEL corpus.tokenizer.path=TOKENIZER)"
         )
 
 

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from bertgpt_jax.errors import ConfigError, StorageError
 
 MANIFEST = "manifest.json"
@@ -50,8 +52,8 @@ def building(out: str, source: str, needed_bytes: int) -> Iterator[Path]:
 def _check(target: Path, source: str) -> None:
     if os.path.lexists(target):
         raise ConfigError(f"--out '{target}' exists; name another directory, or delete it")
-    inside = Path(os.path.abspath(os.path.expanduser(source)))
-    if "://" not in source and (target.is_relative_to(inside / "checkpoints") or target == inside):
+    real, inside = (Path(os.path.realpath(path)) for path in (target, os.path.expanduser(source)))
+    if "://" not in source and (real.is_relative_to(inside / "checkpoints") or real == inside):
         raise ConfigError(f"--out '{target}' lies inside the checkpoints of '{source}'; name a directory elsewhere")
     blocking = next((p for p in target.parents if p.exists()), Path("/"))
     if not blocking.is_dir():
@@ -62,7 +64,7 @@ def remove_leftovers(target: Path) -> None:
     """Deletes what exports to `target` left whose process is gone (killed)."""
     for path in target.parent.glob(f".{target.name}.*.partial"):
         pid = path.name.split(".")[-2]
-        if pid.isdigit() and not os.path.exists(f"/proc/{pid}"):
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
             shutil.rmtree(path, ignore_errors=True)
 
 

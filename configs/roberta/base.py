@@ -7,7 +7,8 @@ Hours:    not published for this setting
 Expect:   MNLI 87.6 for the paper's longer run (table 8, base); not reproduced by this project
 """
 
-from bertgpt_jax.batches.masking import Masking
+from bertgpt_jax.batches.masking import ROBERTA
+from bertgpt_jax.batches.sentences import FullSentences
 from bertgpt_jax.corpus.config import ByteBPEConfig, CorpusConfig
 from bertgpt_jax.models.bert import SIZES, BertConfig
 from bertgpt_jax.nn.blocks import ComputeConfig
@@ -24,7 +25,7 @@ def get_config() -> RunConfig:
         model=BertConfig(
             **SIZES["base"], norm_eps=1e-5, position_offset=2, type_vocab_size=0, next_sentence_head=False
         ),
-        objective=MaskedLM(masking=Masking(random_from="regular")),
+        objective=MaskedLM(examples=FullSentences(), masking=ROBERTA),
         stages=(
             StageConfig(
                 steps=125_000,

@@ -447,7 +447,7 @@ def test_bad_sources_are_explained(tmp_path, name):
     assert "\n" not in str(error.value)
     for word in words:
         assert word in str(error.value)
-    assert not (tmp_path / "c" / "manifest.json").exists()
+    assert not (tmp_path / "c").exists(), "nothing is left that would stand in the way of the next try"
 
 
 @pytest.mark.parametrize(
@@ -516,6 +516,14 @@ def test_a_source_that_vanishes_is_named(stories, tmp_path):
     (folder / "0.txt").unlink()
     with pytest.raises(StorageError, match="0.txt: cannot be read"):
         list(shard_documents(plan, 0, Counter()))
+
+
+def test_a_worker_without_a_parent_ends_in_silence(corpus):
+    command = [sys.executable, "-m", "bertgpt_jax.corpus.worker", str(corpus.path / "plan.json"), str(corpus.path)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.communicate(b'{"sample": 0, "bytes": 10, "documents": 1}\n', timeout=60)[1] == b""
+    assert process.returncode == 0
 
 
 def test_a_dead_worker_is_named(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,14 @@ def test_a_single_corpus_is_what_it_was(texts, tmp_path: Path) -> None:
     opened = open_any(config, tmp_path / "cache", progress=False)
     assert isinstance(opened, CorpusReader)
     assert opened.fingerprint == open_corpus(config, tmp_path / "cache", progress=False).fingerprint
+
+
+def test_a_source_that_two_parts_split_differently_is_warned_of(texts, tmp_path: Path, caplog) -> None:
+    again = CorpusConfig(path=texts["first"].path, **OWN | {"held_out": HashSplit(fraction=0.5)})
+    with caplog.at_level(logging.WARNING):
+        open_any(mixture(texts | {"copy": texts["first"]}), tmp_path / "cache", progress=False)
+        assert caplog.messages == []
+        for _ in range(2):
+            open_any(mixture(texts | {"again": again}), tmp_path / "cache", progress=False)
+    (line,) = caplog.messages
+    assert "'first' and 'again' share 1 source files (first.txt), but not held_out: " in line

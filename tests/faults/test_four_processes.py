@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 Run = Any  # conftest.Run
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 
 SECONDS = 30
 """Within which every process must have ended where one differs, on a machine that is not busy."""

@@ -40,8 +40,13 @@ def test_killed_three_times(undisturbed: Run, disturbed: Run) -> None:
     assert disturbed.result() == undisturbed.result()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("step", [1, 4, 5, 6, 11, 12, 13, 20])
+@pytest.mark.parametrize(
+    "step",
+    [
+        pytest.param(n, marks=pytest.mark.slow if n in (5, 12) else pytest.mark.long)
+        for n in (1, 4, 5, 6, 11, 12, 13, 20)
+    ],
+)
 def test_killed_around_every_kind_of_step(step: int, undisturbed: Run, disturbed: Run) -> None:
     """Also while checkpoints are being written: the steps take less time than a save."""
     assert disturbed.train(signal=["SIGKILL", step]).code == -signal.SIGKILL
@@ -50,7 +55,7 @@ def test_killed_around_every_kind_of_step(step: int, undisturbed: Run, disturbed
     assert disturbed.result() == undisturbed.result()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("step", [5, 12, 20])
 def test_killed_in_an_evaluation(step: int, undisturbed: Run, disturbed: Run) -> None:
     assert disturbed.train(evaluation=["SIGKILL", step]).code == -signal.SIGKILL
@@ -71,7 +76,7 @@ STOPS = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_asked_to_stop_again_and_again(undisturbed: Run, disturbed: Run) -> None:
     """One run, stopped at eight moments, some of them twice; then once more after its end."""
     for faults in STOPS:

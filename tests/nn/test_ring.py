@@ -92,13 +92,17 @@ def check(got: tuple, want: tuple, tolerance: float = 1e-5) -> None:
         np.testing.assert_allclose(mine, theirs, atol=tolerance)
 
 
-QUICK = {("segments", 2), ("causal window", 4), ("nothing to see", 2)}
+WHEN = dict.fromkeys([("segments", 2), ("causal window", 4), ("nothing to see", 2)], ()) | dict.fromkeys(
+    [("full", 8), ("causal", 4), ("window", 2), ("ragged", 8), ("causal segments", 4), ("nothing to see", 4)],
+    pytest.mark.slow,
+)
+"""The others are long."""
 
 
 @pytest.mark.parametrize(
     ("name", "shards"),
     [
-        pytest.param(name, shards, marks=[] if (name, shards) in QUICK else [pytest.mark.slow])
+        pytest.param(name, shards, marks=WHEN.get((name, shards), pytest.mark.long))
         for name in masks()
         for shards in (2, 4, 8)
     ],

@@ -120,8 +120,11 @@ def test_steps_equal_one_devices() -> None:
     check("gpt", dict(context=2, tensor=2))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("kind", "mesh", "settings"), CASES, ids=str)
+@pytest.mark.parametrize(
+    ("kind", "mesh", "settings"),
+    [pytest.param(*case, marks=pytest.mark.long if i % 3 else pytest.mark.slow) for i, case in enumerate(CASES)],
+    ids=str,
+)
 def test_steps_in_every_form_equal_one_devices(kind: str, mesh: dict[str, int], settings: dict) -> None:
     """Causal ones in zigzag order but where it is off; with dropout of attention, keys are gathered."""
     check(kind, mesh, **settings)

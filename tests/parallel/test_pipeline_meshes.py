@@ -51,13 +51,19 @@ def pipes():
     return module
 
 
-QUICK = ("gpt", "fsdp, pipe, tensor")
+WHEN = {
+    ("gpt", "fsdp, pipe, tensor"): (),
+    ("bert", "data, pipe circular, context"): pytest.mark.slow,
+    ("gpt", "data, fsdp, pipe, two parts"): pytest.mark.slow,
+    ("bert", "pipe 4 circular, tensor"): pytest.mark.slow,
+}
+"""The others are long."""
 
 
 @pytest.mark.parametrize(
     ("kind", "case"),
     [
-        pytest.param(kind, case, marks=[] if (kind, case) == QUICK else pytest.mark.slow, id=f"{kind}: {case}")
+        pytest.param(kind, case, marks=WHEN.get((kind, case), pytest.mark.long), id=f"{kind}: {case}")
         for kind in ("gpt", "bert")
         for case in CASES
     ],

@@ -180,7 +180,7 @@ def test_a_shared_optimizer_trains_the_same(runs, all_sizes) -> None:
     assert {"reduce-scatter", "all-gather"} <= set(exchanges(shared[3], shared[3]))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["gpt", "bert"])
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (4, 1, 2)], ids=str)
 @pytest.mark.parametrize("microbatches", [1, 2])

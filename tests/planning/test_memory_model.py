@@ -35,7 +35,7 @@ def modelled(point: dict[str, Any]) -> Memory:
 
 QUICK = {"gpt-dots", "175b-v5p"}
 CASES = [
-    pytest.param(point, id=point["name"], marks=() if point["name"] in QUICK else pytest.mark.slow) for point in POINTS
+    pytest.param(point, id=point["name"], marks=() if point["name"] in QUICK else pytest.mark.long) for point in POINTS
 ]
 
 

@@ -23,7 +23,7 @@ from bertgpt_jax.training import setup
 from bertgpt_jax.training.run_config import RunConfig, StageConfig, with_steps, with_vocabulary
 from bertgpt_jax.training.schedules import Linear
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Sharding info not provided")]
+pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore:Sharding info not provided")]
 
 SEEDS = (0, 1, 2)
 STEPS = 150

@@ -353,9 +353,14 @@ def test_no_directory_and_no_password_leaves(source, in_process, tmp_path) -> No
     """Paths of this machine and user information in addresses stay here."""
     run = {"corpus": {"path": ["/home/me/a.txt", "gs://key@bucket/b.txt"]}, "stages": [], "init_from": "/home/me/hf"}
     meta = {"config": run, "metrics": {"eval/loss": 1.5}, "data_fingerprint": "ab", "note": "https://me:secret@host/x"}
+    names_of = ("documents", "train_documents", "tokens", "train_tokens", "bytes", "train_bytes")
+    data = {"": dict(zip(names_of, (30, 25, 4000, 3500, 9000, 8000), strict=True))}
     export_hf(names.dataclasses.replace(source, meta=meta, label="/home/me/run, step 7"), str(tmp_path / "out"),
-              reference="numpy")  # fmt: skip
+              reference="numpy", data=data)  # fmt: skip
     for path in (tmp_path / "out").glob("*.[jm]*"):
         text = path.read_bytes()
         assert b"/home/me" not in text and b"key@" not in text and b"secret" not in text, path
-    assert "a.txt, b.txt" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "a.txt, b.txt" in card
+    assert "- data: 25 documents with 3,500 tokens (8,000 bytes) to train on, 5 held out" in card
+    assert json.loads((tmp_path / "out" / "training_args.json").read_text())["data"] == data

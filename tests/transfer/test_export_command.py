@@ -126,6 +126,9 @@ def test_targets_inside_the_checkpoints_and_there(run) -> None:
     assert code == 78 and "inside the checkpoints" in said and not (workdir / "checkpoints" / "hf").exists()
     code, said, _ = call("--out", str(workdir))
     assert code == 78 and "exists" in said
+    (workdir.parent / "link").symlink_to(workdir / "checkpoints")
+    code, said, _ = call("--out", str(workdir.parent / "link" / "hf"))
+    assert code == 78 and "inside the checkpoints" in said and not (workdir / "checkpoints" / "hf").exists()
 
 
 def test_a_name_of_the_hub(capsys, tmp_path) -> None:

@@ -146,6 +146,9 @@ def test_a_run_from_a_directory_to_a_directory(place, tmp_path, monkeypatch, cap
     assert set(table) == {"domain", "general"}
     assert table["domain"]["after"]["loss"] < table["domain"]["before"]["loss"]
     assert sorted(path.name for path in (workdir / "export").iterdir()) == ["final", "step-3"]
+    for name in ("final", "step-3"):
+        card = (workdir / "export" / name / "README.md").read_text()
+        assert " tokens (" in card and "| loss |" in card, card
     saved = load_model(str(workdir), 3).params["final_norm"]["scale"]
     assert np.array_equal(TensorFiles(workdir / "export" / "step-3").read("transformer.ln_f.weight"), saved)
 

@@ -38,7 +38,9 @@ def run(capsys, *argv: str) -> tuple[int, str]:
     return code, caught.out + caught.err
 
 
-def test_a_report_says_all(saved, source, capsys) -> None:
+def test_a_report_says_all(saved, source, capsys, monkeypatch) -> None:
+    """Without the model being built."""
+    monkeypatch.setattr("bertgpt_jax.transfer.source.make_model", lambda *_: pytest.fail("the model was built"))
     code, said = run(capsys, str(saved), "--verify")
     assert code == 0
     for word in ("finished, step 0", "every bit as saved", "imported from     random", "one device", "orbax 0."):

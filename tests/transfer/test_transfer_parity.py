@@ -91,7 +91,9 @@ def compare(source, model) -> None:
     out.loss.backward()
     real = batch["attention"] > 0
     other = (out.prediction_logits if pairs else out.logits).detach().numpy()
-    assert np.abs(logits[real] - other[real]).max() <= 1e-5
+    difference = np.abs(logits[real] - other[real]).max()
+    print(f"logits {difference:.1e} apart at most, of up to {np.abs(other[real]).max():.2f}")
+    assert difference <= 1e-5
     assert abs(loss - float(out.loss.detach())) <= 1e-5
     if pairs:
         assert np.abs(np.asarray(next_logits) - out.seq_relationship_logits.detach().numpy()).max() <= 1e-5

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from bertgpt_jax.config import identity
 from bertgpt_jax.corpus.config import CorpusConfig
-from bertgpt_jax.corpus.duplicates import DUPLICATES, ensure_duplicates, remove_duplicates
+from bertgpt_jax.corpus.duplicates import DUPLICATES, HASHES, ensure_duplicates, remove_duplicates
 from bertgpt_jax.corpus.files import SourceFile, check_unchanged
 from bertgpt_jax.corpus.kinds import load_tokenizer, open_tokenizer, train_tokenizer
 from bertgpt_jax.corpus.memory import peak_resident_bytes
@@ -27,6 +27,7 @@ from bertgpt_jax.corpus.places import (
     Place,
     find_place,
     is_empty,
+    remove_named,
     remove_tree,
     write_whole,
 )
@@ -40,6 +41,8 @@ from bertgpt_jax.corpus.store import read_done, shard_name
 from bertgpt_jax.corpus.tokenizer import CONFIG_FILE, Tokenizer
 from bertgpt_jax.errors import ConfigError, DataError, StorageError
 
+_PARTS = ("plan.", ".plan.", "tokenizer", ".tokenizer.", "shard-", ".shard-", DUPLICATES, HASHES)
+"""How the names of what a build writes before its manifest begin."""
 _COLUMNS = ("documents", "train_documents", "tokens", "train_tokens", "bytes", "train_bytes", "sentences", "unknown")
 
 Report = Callable[[str], None]
@@ -129,7 +132,7 @@ def _build(
         _make(config, files, request, out, progress is True, report, elsewhere)
     except (ConfigError, DataError):
         if not begun and elsewhere is None:
-            remove_tree(out)  # the settings or the text must change, and then it would not be continued
+            remove_named(out, _PARTS)  # the settings or the text must change, and then it would not be continued
         raise
     return out
 

@@ -11,7 +11,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -160,6 +160,20 @@ def remove_tree(place: Place) -> None:
         place.delete()
     else:
         shutil.rmtree(place, ignore_errors=True)
+
+
+def remove_named(place: Place, begins: tuple[str, ...]) -> None:
+    """Deletes what lies in a directory under names that begin so, and the directory if it holds nothing else."""
+    if isinstance(place, BucketPath):
+        for name in {key.partition("/")[0] for key in place.keys()}:
+            if name.startswith(begins):
+                (place / name).delete()
+        return
+    for path in place.glob("*"):
+        if path.name.startswith(begins):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    with suppress(OSError):
+        place.rmdir()
 
 
 def is_empty(place: Place) -> bool:

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bertgpt_jax.config import apply_overrides
-from bertgpt_jax.corpus.builder import open_corpus, prepare_corpus
+from bertgpt_jax.corpus.builder import _PARTS, open_corpus, prepare_corpus
 from bertgpt_jax.corpus.config import (
     ByteBPEConfig,
     CharactersConfig,
@@ -28,6 +28,7 @@ from bertgpt_jax.corpus.config import (
     PositionSplit,
     WordPieceConfig,
 )
+from bertgpt_jax.corpus.places import remove_named
 from bertgpt_jax.corpus.reader import CorpusReader, InMemoryCorpus
 from bertgpt_jax.errors import ConfigError, DataError
 
@@ -516,6 +517,14 @@ def test_a_source_that_vanishes_is_named(stories, tmp_path):
     (folder / "0.txt").unlink()
     with pytest.raises(StorageError, match="0.txt: cannot be read"):
         list(shard_documents(plan, 0, Counter()))
+
+
+def test_what_is_not_ours_stays_when_a_build_is_given_up(tmp_path):
+    for name in ("plan.json", "shard-0/done.json", ".tokenizer.7/vocab.txt", "mine.txt"):
+        (tmp_path / "c" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "c" / name).write_text("x")
+    remove_named(tmp_path / "c", _PARTS)
+    assert [p.name for p in (tmp_path / "c").rglob("*")] == ["mine.txt"]
 
 
 def test_a_worker_without_a_parent_ends_in_silence(corpus):

@@ -192,6 +192,19 @@ def test_half_a_corpus_in_a_bucket_is_continued(local, s3):
         prepare_corpus(settings, "s3://bucket", progress=False)
 
 
+def test_nothing_is_left_of_a_build_that_cannot_be(local, s3):
+    with pytest.raises(DataError, match="vocab_size = 9000"):
+        prepare_corpus(
+            config(local.parent / "text", tokenizer=ByteBPEConfig(vocab_size=9000)), "s3://bucket/c", progress=False
+        )
+    assert dict(s3) == {}
+    place = BucketPath("s3://bucket/d")
+    for name in ("plan.json", "shard-0/done.json", "shards.txt"):
+        (place / name).write_bytes(b"x")
+    places.remove_named(place, ("plan.", "shard-"))
+    assert list(s3) == ["/bucket/d/shards.txt"]
+
+
 def test_missing_shards_of_a_bucket_are_named(local, s3):
     prepare_corpus(config(local.parent / "text"), "s3://bucket/c", progress=False)
     for key in [k for k in s3 if "/shard-00001" in k]:

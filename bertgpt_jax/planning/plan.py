@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, NamedSharding
 
 from bertgpt_jax.config import build
 from bertgpt_jax.errors import ConfigError
@@ -18,9 +18,10 @@ from bertgpt_jax.planning.memory import Memory, given_bytes, memory
 from bertgpt_jax.planning.places import Place
 from bertgpt_jax.planning.roofline import StepTime, sent_bytes, step_time
 from bertgpt_jax.planning.work import Shards, Work, work_of
+from bertgpt_jax.shapes import PyTree
 from bertgpt_jax.training.ahead import ASSUMED_ROWS, assume_vocabulary
 from bertgpt_jax.training.run_config import RunConfig, StageConfig, with_changes, with_steps
-from bertgpt_jax.training.setup import Program, check_batches, make_program, stage_state
+from bertgpt_jax.training.setup import Program, check_batches, make_program, stage_state, state_shardings
 
 DAY = 86_400
 
@@ -225,7 +226,8 @@ def _rounded(config: RunConfig, shards: Shards) -> tuple[RunConfig, list[str]]:
 def _on_one_device(config: RunConfig, place: Place) -> Program:
     compute = config.execution.compute.model_dump(mode="json") | {"platform": place.chip.platform}
     mesh = MeshConfig(axes=config.execution.mesh.axes)
-    alone = _with_execution(config, {"mesh": mesh.model_dump(mode="json"), "compute": compute})
+    whole = {"mesh": mesh.model_dump(mode="json"), "compute": compute, "shard_optimizer": False}
+    alone = _with_execution(config, whole)
     return make_program(alone, make_mesh(mesh, jax.devices("cpu")[:1]))
 
 
@@ -240,9 +242,20 @@ def make_plan(prepared: Prepared, *, compiling: bool = True, price: float | None
     return Plan(p.place, dict(p.sizes), p.program.parameters, p.config, stages, p.notes, price)
 
 
+def planned_state(prepared: Prepared, stage: StageConfig) -> PyTree:
+    """The abstract state in a stage; its shardings name axes of the mesh that is planned for."""
+    state = stage_state(prepared.program, stage)
+    if not prepared.config.execution.shard_optimizer:
+        return state
+    mesh = AbstractMesh(tuple(prepared.sizes.values()), tuple(prepared.sizes))
+    params = jax.tree.map(lambda x: NamedSharding(mesh, x.sharding.spec), state["params"])
+    lies = state_shardings(prepared.config, state, params, mesh)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, lies)
+
+
 def model_memory(prepared: Prepared, stage: StageConfig, work: Work, shards: Shards) -> Memory:
     """Bytes of a stage's step by the analytic model."""
-    state = stage_state(prepared.program, stage)
+    state = planned_state(prepared, stage)
     return memory(work, shards, given_bytes(shards, state, prepared.program.abstract_batch(stage)))
 
 

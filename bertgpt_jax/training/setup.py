@@ -181,7 +181,7 @@ def make_program(config: RunConfig, mesh: Mesh) -> Program:
 
     where = sharding.parameter_shardings(jax.eval_shape(init_params), mesh, config.execution.mesh.logical_axes())
     abstract = jax.eval_shape(init)
-    lies = _state_shardings(config, abstract, where, mesh)
+    lies = state_shardings(config, abstract, where, mesh)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, lies)
     return Program(config, mesh, model, abstract, lambda: sharding.sharded_init(init, lies))
 
@@ -191,11 +191,11 @@ def stage_state(program: Program, stage: StageConfig) -> PyTree:
     abstract = program.abstract_state
     params = jax.tree.map(lambda x: x.sharding, abstract["params"])
     mine = jax.eval_shape(lambda p: init_state(p, stage.optimizer.build()), abstract["params"])
-    lies = _state_shardings(program.config, mine, params, program.mesh)
+    lies = state_shardings(program.config, mine, params, program.mesh)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), mine, lies)
 
 
-def _state_shardings(config: RunConfig, abstract: PyTree, params: PyTree, mesh: Mesh) -> PyTree:
+def state_shardings(config: RunConfig, abstract: PyTree, params: PyTree, mesh: Mesh) -> PyTree:
     """Where a state lies whose parameters lie as `params`: optimizer states as they do, or divided among replicas."""
     lies, divided = sharding.state_shardings(abstract, params, mesh), _divided(config, abstract["params"], params, mesh)
     if divided is None:

@@ -20,9 +20,9 @@ from bertgpt_jax.parallel.mesh import MeshConfig, make_mesh
 from bertgpt_jax.parallel.sharding import bytes_per_device
 from bertgpt_jax.planning import compiled, places, search
 from bertgpt_jax.planning.memory import held_bytes
-from bertgpt_jax.planning.plan import make_plan, parse_mesh, prepare
+from bertgpt_jax.planning.plan import make_plan, parse_mesh, planned_state, prepare
 from bertgpt_jax.training import setup
-from bertgpt_jax.training.run_config import ExecutionConfig, RunConfig, StageConfig
+from bertgpt_jax.training.run_config import ExecutionConfig, RunConfig, StageConfig, with_changes
 from bertgpt_jax.training.schedules import Constant
 
 SIZES = dict(vocab_size=512, max_positions=64, hidden_size=64, num_heads=4, intermediate_size=128, num_layers=2)
@@ -85,6 +85,21 @@ def test_bytes_of_the_state_are_those_of_the_shardings(mesh: str) -> None:
         tree = real.abstract_state[part]
         expected = bytes_per_device(tree, jax.tree.map(lambda leaf: leaf.sharding, tree))
         assert held_bytes(prepared.program.abstract_state[part], prepared.sizes) == expected
+
+
+@pytest.mark.parametrize("mesh", ["data=8", "data=4,fsdp=2"])
+def test_replicas_that_divide_the_optimizer(mesh: str) -> None:
+    """Its bytes are those of the real shardings, and a part of what each replica would hold otherwise."""
+    plain = run_config()
+    sizes, execution = plain.model.model_dump() | {"vocab_size": 4096}, plain.execution.model_dump(mode="json")
+    config = with_changes(plain, {"model": sizes, "execution": execution | {"shard_optimizer": True}})
+    prepared = prepare(config, places.parse("cpu:8"), parse_mesh(mesh))
+    real = setup.make_program(prepared.config, make_mesh(prepared.config.execution.mesh, jax.devices()[:8]))
+    tree = real.abstract_state["optimizer"]
+    expected = bytes_per_device(tree, jax.tree.map(lambda leaf: leaf.sharding, tree))
+    stage = prepared.config.stages[0]
+    assert held_bytes(planned_state(prepared, stage)["optimizer"], prepared.sizes) == expected
+    assert expected < 0.7 * held_bytes(prepared.program.abstract_state["optimizer"], prepared.sizes)
 
 
 @pytest.mark.parametrize(

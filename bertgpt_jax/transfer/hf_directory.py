@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from bertgpt_jax.corpus.special import SpecialIds
-from bertgpt_jax.errors import ConfigError, DataError
+from bertgpt_jax.errors import ConfigError, DataError, UserError
 from bertgpt_jax.transfer.families import FAMILIES
 from bertgpt_jax.transfer.family import Family
 from bertgpt_jax.transfer.hf_tokenizer import read_tokenizer
@@ -35,11 +35,20 @@ def open_directory(directory: Path, *, with_tokenizer: bool = True) -> Source:
     """
     tree = read_json(directory / CONFIG)
     kind = tree.get("model_type")
-    if kind not in FAMILIES:
-        raise ConfigError(f"{directory / CONFIG}: model_type '{kind}' is not ours; known: {', '.join(FAMILIES)}")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise ConfigError(f"{directory / CONFIG}: model_type {kind!r} is not ours; known: {', '.join(FAMILIES)}")
     family, files = FAMILIES[kind], TensorFiles(directory)
     stored = {modern_name(name, family): name for name in files.shapes}
-    config = model_config(family.from_config(tree, set(stored)), str(directory / CONFIG))
+    try:
+        fields = family.from_config(tree, set(stored))
+    except UserError as error:
+        raise type(error)(f"'{directory}': {error}") from None
+    config = model_config(fields, str(directory / CONFIG))
+    if config.num_layers > len(files.shapes):  # before a table of that length is made
+        raise DataError(
+            f"{directory / CONFIG} says {config.num_layers:,} layers, the files beside it hold {len(files.shapes):,} "
+            "tensors; they do not belong together: fetch the directory again"
+        )
     if config.tied_head:  # some writers keep the copy and drop the original
         copies = family.shared(config).items()
         stored |= {original: stored[copy] for copy, original in copies if copy in stored and original not in stored}

@@ -340,6 +340,7 @@ def test_programs_run_again_at_any_batch(configs, make_source, tmp_path, name: s
         run(params, inputs) for run in (load("forward.stablehlo"), make_forward(source.model_config, "float32"))
     )
     first = (theirs, ours) if gpt else (theirs[0], ours[0])
+    print(f"{name}: program read back and model {np.abs(first[0] - first[1]).max():.1e} apart")
     np.testing.assert_allclose(*first, atol=1e-5)
     assert first[0].shape == (3, 13, 101)
     if gpt:

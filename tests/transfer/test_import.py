@@ -255,10 +255,12 @@ TABLE, NORM = "bert.embeddings.word_embeddings.weight", "bert.embeddings.LayerNo
 BAD = [
     (66, lambda d: (d / "config.json").unlink(), ConfigError, ["no config.json"]),
     (66, edit_json("config.json", model_type="llama"), ConfigError, ["model_type 'llama'", "bert, roberta, gpt2"]),
+    (66, edit_json("config.json", model_type=["bert"]), ConfigError, ["model_type ['bert'] is not ours"]),
     (66, write("config.json", b"{"), ConfigError, ["config.json:1", "not JSON"]),
     (66, edit_json("config.json", hidden_size=None), DataError, ["'hidden_size' is missing"]),
     (66, edit_json("config.json", hidden_size="48"), DataError, ["'hidden_size' = '48'"]),
-    (70, edit_json("config.json", hidden_act="swish"), ConfigError, ["activation 'swish'"]),
+    (66, edit_json("config.json", num_hidden_layers=10**9), DataError, ["says 1,000,000,000 layers"]),
+    (70, edit_json("config.json", hidden_act="swish"), ConfigError, ["model': config.json (bert): activation 'swish'"]),
     (70, edit_json("config.json", is_decoder=True), ConfigError, ["is_decoder = True"]),
     (66, write("pytorch_model.bin", b"\x80\x02}.", "model.safetensors"), ConfigError, ["runs code", "save_pretrained"]),
     (66, lambda d: (d / "model.safetensors").unlink(), ConfigError, ["neither model.safetensors"]),

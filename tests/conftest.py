@@ -30,7 +30,10 @@ def _prepare_environment() -> None:
     if "xla_force_host_platform_device_count" not in flags:
         # eight devices on two busy cores may keep each other waiting for longer than XLA's 40 seconds
         patience = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={DEVICES} {patience}".strip()
+        # half of the tests' CPU time would go into making code fast that runs for milliseconds
+        haste = "" if "xla_backend_optimization_level" in flags else "--xla_backend_optimization_level=0"
+        mine = f"--xla_force_host_platform_device_count={DEVICES} {patience} {haste}"
+        os.environ["XLA_FLAGS"] = f"{flags} {mine}".strip()
     cache = _compilation_cache()
     if cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = cache

@@ -93,14 +93,18 @@ def _afterwards(config: RunConfig, workdir: str, initial: Initial | None) -> Non
         for line in compare(workdir, initial):
             print(line)
     if config.execution.export.at_end:
+        from bertgpt_jax.training.storage import workdir_path
         from bertgpt_jax.transfer.export import export_hf
         from bertgpt_jax.transfer.load import open_source
+        from bertgpt_jax.transfer.trained_on import corpus_totals
 
         out = Path(workdir).expanduser() / "export" / "final"
         if out.exists():
             print(f"'{out}' is there already; delete it to export again")
             return
-        export_hf(open_source(workdir), str(out), config.execution.export.dtype)
+        source = open_source(workdir)
+        data = corpus_totals(workdir_path(workdir), source.meta)
+        export_hf(source, str(out), config.execution.export.dtype, data=data)
         print(f"exported the best checkpoint to {out}: transformers' from_pretrained reads it")
 
 

@@ -70,9 +70,9 @@ def shard_documents(plan: Plan, index: int, counts: Counter[str]) -> Iterator[Do
         if config.filters.languages:
             counts[f"{LANGUAGE}{raw.language}"] += 1
         wrapped = plan.files[source].format in WRAPPED_FORMATS
-        for part, held_out in _sides(text, config):
+        for part, held_out, part_hash in _sides(text, config):
             sentences = split_sentences(part, config.sentences, wrapped)
-            yield Document(part, held_out, source, raw.offset, sentences, text_hash(part))
+            yield Document(part, held_out, source, raw.offset, sentences, part_hash)
 
 
 def cleaned_documents(plan: Plan, index: int, counts: Counter[str]) -> Iterator[tuple[int, int, RawDocument, str]]:
@@ -121,13 +121,15 @@ def _dropped(plan: Plan, index: int) -> frozenset[int]:
     return frozenset(np.frombuffer(path.read_bytes(), "<i8").tolist())
 
 
-def _sides(text: str, config: CorpusConfig) -> list[tuple[str, bool]]:
-    """The parts of a text and whether each is held out."""
+def _sides(text: str, config: CorpusConfig) -> list[tuple[str, bool, int]]:
+    """The parts of a text, whether each is held out, and its `text_hash`."""
     split = config.held_out
     if isinstance(split, HashSplit):
-        return [(text, mix(text_hash(text), config.seed) < split.fraction * 2.0**64)]
+        whole = text_hash(text)
+        return [(text, mix(whole, config.seed) < split.fraction * 2.0**64, whole)]
     cut = int((1 - split.fraction) * len(text))
-    return [(part, held) for part, held in ((text[:cut], False), (text[cut:], True)) if part.strip()]
+    parts = ((text[:cut], False), (text[cut:], True))
+    return [(part, held, text_hash(part)) for part, held in parts if part.strip()]
 
 
 def sample_shard(plan: Plan, index: int, max_bytes: int, max_documents: int) -> list[str]:

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import io
 import json
+import re
 from collections.abc import Iterator
 
 from bertgpt_jax.corpus.config import FIELD_SETTINGS
@@ -63,13 +64,12 @@ def read_documents(
             yield RawDocument(stream.read(), 0)
             return
         stream.seek(lo)
-        lines = _lines(stream, lo, hi)
         if file.format == "jsonl":
-            yield from _jsonl_documents(file, lines, fields)
+            yield from _jsonl_documents(file, _lines(stream, lo, hi), fields)
         elif file.format == "wiki":
-            yield from _wiki_documents(lines)
+            yield from _wiki_documents(_line_blocks(stream, lo, hi))
         else:
-            yield from _text_documents(lines, separator)
+            yield from _text_documents(_lines(stream, lo, hi), separator)
 
 
 def _lines(stream, lo: int, hi: int) -> Iterator[tuple[int, bytes]]:
@@ -101,26 +101,46 @@ def _text_documents(lines: Iterator[tuple[int, bytes]], separator: str) -> Itera
         yield RawDocument(b"".join(held).strip(b"\r\n"), start)
 
 
-def _wiki_documents(lines: Iterator[tuple[int, bytes]]) -> Iterator[RawDocument]:
+def _line_blocks(stream, lo: int, hi: int) -> Iterator[tuple[int, bytes]]:
+    """The lines that start in [lo, hi), many at a time: (offset of the first, all of them)."""
+    position, rest = lo, b""
+    while position < hi:
+        block = stream.read(_BLOCK)
+        data = rest + block
+        end = data.rfind(b"\n") + 1 if block else len(data)
+        if block and position + end >= hi:
+            yield position, data[: data.find(b"\n", hi - position - 1) + 1]
+            return
+        if end:
+            yield position, data[:end]
+        if not block:
+            return
+        position, rest = position + end, data[end:]
+
+
+_WIKI_MARK = re.compile(rb"^(?:<doc |</doc>)", re.M)
+
+
+def _wiki_documents(blocks: Iterator[tuple[int, bytes]]) -> Iterator[RawDocument]:
     held: list[bytes] = []
     start, inside = 0, False
-    for offset, line in lines:
-        if line.startswith(b"<doc "):
+    for offset, lines in blocks:
+        done = 0
+        for mark in _WIKI_MARK.finditer(lines):
             if inside:
-                yield _wiki_document(held, start)
-            held, start, inside = [], offset, True
-        elif line.startswith(b"</doc>"):
+                yield _wiki_document([*held, lines[done : mark.start()]], start)
+            held, inside = [], mark[0] == b"<doc "
             if inside:
-                yield _wiki_document(held, start)
-            held, inside = [], False
-        elif inside:
-            held.append(line)
+                start = offset + mark.start()
+                done = lines.find(b"\n", mark.end()) + 1 or len(lines)
+        if inside:
+            held.append(lines[done:])
     if inside:
         yield _wiki_document(held, start)
 
 
-def _wiki_document(lines: list[bytes], start: int) -> RawDocument:
-    return RawDocument(b"".join(lines).strip(), start, titled=True)
+def _wiki_document(parts: list[bytes], start: int) -> RawDocument:
+    return RawDocument(b"".join(parts).strip(), start, titled=True)
 
 
 def _row_document(row: tuple[int, list[bytes | None]]) -> RawDocument:

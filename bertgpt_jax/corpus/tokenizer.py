@@ -102,9 +102,11 @@ class Tokenizer:
         if not hasattr(self, "_pieces"):
             self._pieces = self.pieces()
         first, last = self._pieces[0].take(ids), self._pieces[1].take(ids)
-        if (last == _INSIDE).any():
-            known = np.where(last == _INSIDE, 0, np.arange(len(last)))
-            last = last.take(np.maximum.accumulate(known))
+        open_ = np.flatnonzero(last == _INSIDE)
+        open_ = open_[open_ != np.arange(len(open_))]  # nothing comes before those at the start
+        while len(open_):  # as often as a character has bytes
+            last[open_] = found = last.take(open_ - 1)
+            open_ = open_[found == _INSIDE]
         before = np.empty_like(last)
         before[1:] = last[:-1]
         before[:1] = _SPACE

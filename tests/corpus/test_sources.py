@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bertgpt_jax.corpus import sources
 from bertgpt_jax.corpus.cleaning import clean
 from bertgpt_jax.corpus.config import CleaningConfig, CorpusConfig
 from bertgpt_jax.corpus.cuts import cut_file
@@ -90,6 +91,23 @@ def test_directories_are_read_in_order_without_hidden_files(tmp_path):
 
 
 LINES = st.lists(st.sampled_from(["", " ", "word", "two words", "<doc x>", "</doc>", '{"text": "j"}']), max_size=40)
+
+
+@pytest.mark.parametrize("end", [b"", b"\n", b"\n<doc id=4>\nnever closed", b"</doc>"])
+def test_wiki_documents_are_the_same_from_blocks_of_any_size(tmp_path, monkeypatch, end: bytes):
+    """Marks that lie across two blocks, documents within one block and over many, marks that are no marks."""
+    path = tmp_path / "wiki_00"
+    path.write_bytes(
+        b"outside\n<doc id=1>\nOne\n\ntext <doc \n</doc>\n</doc>\nlost\n<doc id=2>\n" + b"Two\nlong line " * 9
+        + b"\n<doc id=3>\n</doc\n" + end
+    )  # fmt: skip
+    whole = documents(path, "wiki")
+    assert [d.offset for d in whole][:2] == [8, path.read_bytes().index(b"<doc id=2")] and len(whole) >= 3
+    assert texts(whole)[0] == "One\n\ntext <doc" and texts(whole)[1].count("Two") == 9
+    for size in (1, 2, 5, 13, 64):
+        monkeypatch.setattr(sources, "_BLOCK", size)
+        assert documents(path, "wiki") == whole
+        assert documents(path, "wiki", target=20) == whole
 
 
 @settings(max_examples=60, deadline=None)

@@ -18,6 +18,8 @@ from bertgpt_jax.nn.masks import AttentionMask
 from bertgpt_jax.nn.ring import ring_attention
 from bertgpt_jax.nn.splash import splash_attention
 
+pytestmark = pytest.mark.usefixtures("compiled_afresh")
+
 LENGTH = 48
 FAST_COMPILE = {"xla_backend_optimization_level": 0}
 

@@ -24,6 +24,8 @@ from bertgpt_jax.training.run_config import ExecutionConfig, RunConfig, StageCon
 from bertgpt_jax.training.schedules import Constant
 from bertgpt_jax.training.setup import lower_eval_step, lower_train_step, make_program
 
+pytestmark = pytest.mark.usefixtures("compiled_afresh")
+
 FAST_COMPILE = {"xla_backend_optimization_level": 0}
 T, ROWS, V, STEPS = 32, 8, 32, 2
 SIZES = dict(vocab_size=V, max_positions=T, num_layers=2, hidden_size=16, num_heads=2, intermediate_size=32)

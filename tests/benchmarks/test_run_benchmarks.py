@@ -65,6 +65,7 @@ def text_of(directory: Path) -> str:
 @pytest.mark.parity
 def test_seconds_to_a_loss_and_what_was_kept_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch", reason="torch is not installed; pip install -e '.[parity]'")
+    monkeypatch.delenv("XLA_FLAGS")  # one device, as the batch of 12 wants it
     kept = tmp_path / "kept.json"
     settings = time_to_loss.Settings(
         text=text_of(tmp_path), target=2.4, steps=200, eval_every=50, sides=("ours", "eager"), kept=str(kept)

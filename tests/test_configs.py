@@ -160,8 +160,20 @@ def describe(leaf: jax.ShapeDtypeStruct) -> tuple:
     return leaf.shape, leaf.dtype
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in NAMES if not n.startswith("gpt3/") or n in ("gpt3/125m", "gpt3/175b")])
+ONE_OF_A_KIND = (
+    "bert/base",
+    "bert/large_pod",
+    "gpt/gpt2",
+    "gpt3/175b",
+    "gpt/shakespeare_char",
+    "mixture",
+    "roberta/base",
+)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in ONE_OF_A_KIND else pytest.mark.long) for n in NAMES]
+)
 def test_one_step(name: str) -> None:
     """A step from the initial state on made-up rows: the loss is that of chance, parameters follow the rate."""
     config = tiny(name)

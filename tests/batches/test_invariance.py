@@ -104,8 +104,10 @@ def test_any_number_of_processes(corpora, kind: str) -> None:
     assert len(set(expected)) == 24
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", EVERYTHING)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(k, marks=pytest.mark.slow if i % 4 == 0 else pytest.mark.long) for i, k in enumerate(EVERYTHING)],
+)
 def test_a_thousand_batches(corpora, kind: str) -> None:
     """From eight threads; and from processes whose number changes at random steps, where new ones take over."""
     expected = [digest(batch) for batch in prefetch(make(corpora, kind).batch, 0, BATCHES, threads=8, buffer=16)]

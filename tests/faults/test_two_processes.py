@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 Run = Any  # conftest.Run
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 
+@pytest.mark.slow
 def test_same_losses_and_batches_as_one_process(undisturbed: Run, disturbed: Run) -> None:
     ends = disturbed.pair({})
     assert [end.code for end in ends] == [0, 0], ends
@@ -25,6 +26,7 @@ def test_same_losses_and_batches_as_one_process(undisturbed: Run, disturbed: Run
     assert not (disturbed.workdir / "run.lock").exists()
 
 
+@pytest.mark.slow
 def test_one_is_asked_to_stop(undisturbed: Run, disturbed: Run) -> None:
     """Both save the same step; one process goes on from what two saved."""
     ends = disturbed.pair({"signal": ["SIGTERM", 6]})
@@ -41,7 +43,14 @@ def test_one_is_asked_to_stop(undisturbed: Run, disturbed: Run) -> None:
         assert ours["train/loss"] == pytest.approx(theirs["train/loss"], abs=1e-5, rel=0)
 
 
-@pytest.mark.parametrize("change", ["seed=1", "execution.log_every=3", "stages.short.batch_size=16"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param("seed=1", marks=pytest.mark.slow),
+        pytest.param("execution.log_every=3", marks=pytest.mark.long),
+        pytest.param("stages.short.batch_size=16", marks=pytest.mark.long),
+    ],
+)
 def test_they_disagree(change: str, disturbed: Run) -> None:
     """Both end at once, and both say who and what."""
     ends = disturbed.pair({}, second=(change,))
@@ -54,6 +63,7 @@ def test_they_disagree(change: str, disturbed: Run) -> None:
     assert not disturbed.workdir.exists()
 
 
+@pytest.mark.slow
 def test_one_fails_alone(disturbed: Run) -> None:
     """It says why and leaves; the other does not wait for it, though it can only abort."""
     ends = disturbed.pair({"bad_batch": 7}, "execution.distributed.heartbeat_timeout=10")

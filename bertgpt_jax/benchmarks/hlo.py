@@ -6,8 +6,7 @@ gradient summed whole; the state updated in its own memory; one attention kernel
 
 from __future__ import annotations
 
-import math
-import re
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import jax
@@ -20,20 +19,11 @@ from bertgpt_jax.models.bert import BertConfig
 from bertgpt_jax.models.gpt import GptConfig
 from bertgpt_jax.objectives.causal_lm import CausalLM
 from bertgpt_jax.objectives.masked_lm_nsp import MaskedLMNSP
+from bertgpt_jax.parallel.hlo_text import Computations, arrays, called, in_loops, parse, shape_bytes
 from bertgpt_jax.parallel.sharding import bytes_per_device
 from bertgpt_jax.parallel.topology import describe
 from bertgpt_jax.training.ahead import lower_step
 from bertgpt_jax.training.run_config import RunConfig
-
-COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "all-reduce-scatter")
-_HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
-_ARRAY = re.compile(r"\b([a-z]+\d+|pred)\[([\d,]*)\]")
-_CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|\w+_computation)=%?([\w.\-]+)")
-_LISTED = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}")
-
-Program = dict[str, list[tuple[str, str, str, str]]]
-"""Computation -> its instructions: (name, shape, opcode, the rest of the line)."""
 
 
 class Settings(Config):
@@ -90,83 +80,29 @@ def examine(settings: Settings, kind: str) -> dict[str, float]:
     """Counts of what `run` holds against its bars."""
     lowered = lower_step(step_config(settings, kind), describe(settings.topology))
     compiled = lowered.step.compile()
-    program = parse(compiled.as_text())
+    computations, _ = parse(compiled.as_text())
+    lines = [(where, line) for where, found in computations.items() for line in found]
     objective, rows = lowered.program.config.objective, settings.rows // settings.microbatches
     scored = rows * max(round(objective.scored_share(settings.length) * settings.length), 1)
-    inside = in_loops(program)
-    kernels = [(name, where) for where, name, _, _, rest in _all(program) if "tpu_custom_call" in rest]
-    whole = sum(size(shape) for _, _, shape, opcode, _ in _all(program) if _kind(opcode) == "all-reduce")
+    inside = in_loops(computations)
+    kernels = [line.name for where, line in lines if "tpu_custom_call" in line.rest and where in inside]
+    whole = sum(shape_bytes(line.shape) for _, line in lines if line.collective == "all-reduce")
     state = lowered.program.abstract_state
     bytes_of_state = bytes_per_device(state, jax.tree.map(lambda x: x.sharding, state))
     return {
-        "logits_fp32": sum(scored * settings.vocabulary in sizes for sizes in fp32_arrays(program)),
-        "collectives_in_loops": sum(
-            _kind(opcode) in COLLECTIVES for where in inside for _, _, opcode, _ in program[where]
-        ),
+        "logits_fp32": sum(scored * settings.vocabulary in sizes for sizes in fp32_arrays(computations)),
+        "collectives_in_loops": sum(line.collective is not None for where, line in lines if where in inside),
         "share_summed_whole": whole / (4 * lowered.program.parameters),
-        "reduce_scatters": sum(_kind(opcode) == "reduce-scatter" for _, _, _, opcode, _ in _all(program)),
+        "reduce_scatters": sum(line.collective == "reduce-scatter" for _, line in lines),
         "share_in_place": compiled.memory_analysis().alias_size_in_bytes / bytes_of_state,
-        "kernels_forward": sum("fwd" in name and where in inside for name, where in kernels),
-        "kernels_backward": sum("fwd" not in name and where in inside for name, where in kernels),
+        "kernels_forward": sum("fwd" in name for name in kernels),
+        "kernels_backward": sum("fwd" not in name for name in kernels),
     }
 
 
-# ---------------------------------------------------------------- the program's text
-
-
-def parse(text: str) -> Program:
-    """Optimized HLO (`compiled.as_text()`) by computation."""
-    program: Program = {}
-    lines: list[tuple[str, str, str, str]] = []
-    for row in text.splitlines():
-        header = None if row[:1].isspace() else _HEADER.match(row)
-        if header and not row.startswith("HloModule"):
-            lines = program[header[1]] = []
-        elif found := _INSTRUCTION.match(row):
-            lines.append(found.groups())
-    return program
-
-
-def in_loops(program: Program) -> set[str]:
-    """Computations that run inside a loop, whatever the depth."""
-    pending = [name for _, _, _, opcode, rest in _all(program) if opcode == "while" for name in _calls(rest)]
-    inside: set[str] = set()
-    while pending:
-        name = pending.pop()
-        if name in program and name not in inside:
-            inside.add(name)
-            pending += [called for _, _, _, rest in program[name] for called in _calls(rest)]
-    return inside
-
-
-def _all(program: Program):
-    return ((where, *line) for where, lines in program.items() for line in lines)
-
-
-def _calls(rest: str) -> list[str]:
-    listed = [name.strip().lstrip("%") for group in _LISTED.findall(rest) for name in group.split(",")]
-    return _CALLED.findall(rest) + listed
-
-
-def _kind(opcode: str) -> str:
-    return opcode.removesuffix("-start")
-
-
-def fp32_arrays(program: Program):
+def fp32_arrays(computations: Computations) -> Iterator[list[int]]:
     """Element counts of the fp32 results of each instruction that is an array in memory, not a step inside a fusion."""
-    fused = {name for _, _, _, opcode, rest in _all(program) if opcode == "fusion" for name in _calls(rest)}
-    for where, _, shape, _, _ in _all(program):
+    fused = {name for lines in computations.values() for x in lines if x.opcode == "fusion" for name in called(x)}
+    for where, lines in computations.items():
         if where not in fused:
-            yield [_elements(dimensions) for dtype, dimensions in _ARRAY.findall(shape) if dtype == "f32"]
-
-
-def size(shape: str) -> int:
-    """Bytes of the arrays of a shape."""
-    return sum(
-        _elements(d) * max(int(dtype.lstrip("abcdefghijklmnopqrstuvwxyz") or 8) // 8, 1)
-        for dtype, d in _ARRAY.findall(shape)
-    )
-
-
-def _elements(dimensions: str) -> int:
-    return math.prod(int(n) for n in dimensions.split(",") if n)
+            yield from ([n for dtype, n in arrays(line.shape) if dtype == "f32"] for line in lines)

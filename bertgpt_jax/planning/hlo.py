@@ -14,14 +14,8 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-_KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
-_BITS = {"pred": 8, "bf16": 16, "token": 0, "opaque": 0}
+from bertgpt_jax.parallel.hlo_text import Computations, Line, called, parse, shape_bytes
 
-_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
-_NAME = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
-_ARRAY = re.compile(r"([a-z][a-z0-9]*)\[([0-9,]*)\]")
-_CALLED = re.compile(r"\b(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
-_CALLED_LISTS = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\s*\{\s*"n":\s*"?(\d+)')
 
 
@@ -42,13 +36,6 @@ class Collective:
     sent: float
 
 
-@dataclasses.dataclass(frozen=True)
-class _Line:
-    opcode: str
-    shape: str
-    rest: str
-
-
 def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
     """What a program of one step sends, most bytes first.
 
@@ -56,11 +43,11 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
         text: `compiled.as_text()`.
         mesh_shape: axis name to size, in the order in which the program's partitions are numbered.
     """
-    computations, entry = _computations(text)
+    computations, entry = parse(text)
     seen: dict[tuple, tuple[tuple, float, int]] = {}
     for computation, line, times in _walk(computations, entry, 1):
-        kind = line.opcode.removesuffix("-start")
-        if kind not in _KINDS or times == 0:
+        kind = line.collective
+        if kind is None or times == 0:
             continue
         group = _group(line.rest, math.prod(mesh_shape.values()))
         axes = _varying(group, mesh_shape)
@@ -80,59 +67,21 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
     return sorted(found, key=lambda c: -c.sent)
 
 
-# ---------------------------------------------------------------- the text
+# ---------------------------------------------------------------- how often
 
 
-def _computations(text: str) -> tuple[dict[str, list[_Line]], str]:
-    """Computation -> its lines that call another or are collectives or constants; the entry's name."""
-    found: dict[str, list[_Line]] = {}
-    entry, lines = "", []
-    for row in text.splitlines():
-        if row and not row[0].isspace():
-            header = _HEADER.match(row)
-            if header and not row.startswith("HloModule"):
-                lines = found[header[2]] = []
-                entry = header[2] if header[1] else entry
-            continue
-        name = _NAME.match(row)
-        if name is None:
-            continue
-        shape, rest = _split_shape(row[name.end() :])
-        opcode, _, rest = rest.partition("(")
-        interesting = opcode.removesuffix("-start") in _KINDS or opcode in ("constant", "while")
-        if interesting or "calls=" in rest or "to_apply=" in rest or "computation" in rest:
-            lines.append(_Line(opcode, shape, rest))
-    return found, entry
-
-
-def _split_shape(text: str) -> tuple[str, str]:
-    """(`f32[8]{0}` or a whole tuple, the rest) of what follows `name = `."""
-    if not text.startswith("("):
-        shape, _, rest = text.partition(" ")
-        return shape, rest
-    depth = 0
-    for i, letter in enumerate(text):
-        depth += {"(": 1, ")": -1}.get(letter, 0)
-        if depth == 0:
-            return text[: i + 1], text[i + 2 :]
-    return text, ""
-
-
-def _walk(computations: Mapping[str, list[_Line]], name: str, times: int) -> Iterator[tuple[str, _Line, int]]:
+def _walk(computations: Computations, name: str, times: int) -> Iterator[tuple[str, Line, int]]:
     """Every line below a computation, with the computation it is in and how often it runs."""
     for line in computations.get(name, ()):
         yield name, line, times
         if line.opcode.endswith(("-done", "-update")):
             continue
         turns = times * _trips(computations, line) if line.opcode == "while" else times
-        called = _CALLED.findall(line.rest)
-        for group in _CALLED_LISTS.findall(line.rest):
-            called += [part.strip().lstrip("%") for part in group.split(",")]
-        for inner in called:
+        for inner in called(line):
             yield from _walk(computations, inner, turns)
 
 
-def _trips(computations: Mapping[str, list[_Line]], line: _Line) -> int:
+def _trips(computations: Computations, line: Line) -> int:
     """Turns of a loop: as XLA says, or the constant that its condition compares its counter with."""
     known = _TRIPS.search(line.rest)
     if known:
@@ -210,9 +159,9 @@ def _varying(groups: list[list[int]], mesh_shape: Mapping[str, int]) -> tuple[st
 # ---------------------------------------------------------------- how much
 
 
-def _sent(kind: str, line: _Line, members: int) -> float:
+def _sent(kind: str, line: Line, members: int) -> float:
     """Bytes that one device sends in one run: what the best algorithm on a ring sends."""
-    size, share = _bytes(_result(line)), (members - 1) / members
+    size, share = shape_bytes(_result(line)), (members - 1) / members
     return {
         "all-gather": size * share,
         "all-reduce": 2 * size * share,
@@ -222,7 +171,7 @@ def _sent(kind: str, line: _Line, members: int) -> float:
     }.get(kind, size * share)
 
 
-def _result(line: _Line) -> str:
+def _result(line: Line) -> str:
     """The part of a shape that is the result: an asynchronous start gives (operands, results, ...)."""
     if not line.opcode.endswith("-start") or line.opcode == "all-reduce-start" or not line.shape.startswith("("):
         return line.shape
@@ -234,13 +183,3 @@ def _result(line: _Line) -> str:
         else:
             parts[-1] += letter
     return parts[1] if len(parts) > 1 else line.shape
-
-
-def _bytes(shape: str) -> int:
-    """Bytes of all arrays of a shape."""
-    total = 0
-    for dtype, dimensions in _ARRAY.findall(re.sub(r"\{[^{}]*\}", "", shape)):
-        width = re.search(r"\d+", dtype)
-        bits = _BITS.get(dtype, int(width[0]) if width else 0)
-        total += math.prod(int(n) for n in dimensions.split(",") if n) * bits // 8
-    return total

@@ -19,59 +19,6 @@ needs_libtpu = [
     ),
 ]
 
-TEXT = """\
-HloModule jit_step, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
-
-%add (a: f32[], b: f32[]) -> f32[] {
-  %a = f32[] parameter(0)
-  ROOT %s = f32[] add(%a, %a)
-}
-
-%fused (p: bf16[64,128]) -> bf16[64,128] {
-  %p = bf16[64,128]{1,0} parameter(0)
-  %inner = f32[64,128]{1,0} convert(%p)
-  ROOT %r = bf16[64,128]{1,0:T(8,128)(2,1)} convert(%inner)
-}
-
-%body (t: (s32[], f32[8])) -> (s32[], f32[8]) {
-  %t = (s32[], f32[8]{0}) parameter(0)
-  %rs = f32[2,4]{1,0} all-reduce(%t), channel_id=1, to_apply=%add
-  %splash_mha_fwd.1 = bf16[4,64]{1,0} custom-call(%t), custom_call_target="tpu_custom_call"
-  ROOT %n = (s32[], f32[8]{0}) tuple(%t)
-}
-
-%condition (t: (s32[], f32[8])) -> pred[] {
-  ROOT %c = pred[] constant(true)
-}
-
-ENTRY %main (x: f32[8]) -> f32[8] {
-  %w = (s32[], f32[8]{0}) while(%x), condition=%condition, body=%body
-  %f = bf16[64,128]{1,0} fusion(%x), kind=kLoop, calls=%fused
-  %big = (f32[64,128]{1,0}, bf16[2]{0}) custom-call(%f), custom_call_target="x"
-  %ag = (f32[4]{0}, f32[8]{0}) all-gather-start(%x), channel_id=2
-  ROOT %o = f32[8]{0} copy(%x)
-}
-"""
-
-
-def test_a_program_is_read() -> None:
-    program = hlo.parse(TEXT)
-    assert set(program) == {"add", "fused", "body", "condition", "main"}
-    assert hlo.in_loops(program) == {"body", "condition", "add"}
-    assert [opcode for _, _, opcode, _ in program["main"]] == [
-        "while",
-        "fusion",
-        "custom-call",
-        "all-gather-start",
-        "copy",
-    ]
-
-
-def test_arrays_in_memory_are_told_from_steps_of_a_fusion() -> None:
-    large = [sizes for sizes in hlo.fp32_arrays(hlo.parse(TEXT)) if 64 * 128 in sizes]
-    assert large == [[64 * 128]]  # %big; not %inner
-    assert hlo.size("(f32[2,4]{1,0:T(8,128)}, bf16[3]{0}, pred[5]{0}, s32[])") == 32 + 6 + 5 + 4
-
 
 def test_without_libtpu_there_is_one_line(monkeypatch) -> None:
     topology.describe.cache_clear()

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from bertgpt_jax.benchmarks import hlo
 from bertgpt_jax.errors import ConfigError
 from bertgpt_jax.parallel import replicas, sharding
+from bertgpt_jax.parallel.hlo_text import Computations, in_loops, parse
 from bertgpt_jax.parallel.mesh import MeshConfig, make_mesh
 from bertgpt_jax.parallel.replicas import Links, spread, sum_of_replicas
 from bertgpt_jax.training.run_config import with_changes
@@ -144,14 +144,14 @@ def trained(runs, kind: str, shape: tuple[int, int, int], steps: int = 2, microb
         state, metrics = step(state, batch)
         rows.append([float(metrics["loss"]), float(metrics["grad_norm"])])
     held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state["optimizer"]))
-    return np.array(rows), held, jax.tree.map(np.asarray, state["params"]), hlo.parse(step.as_text())
+    return np.array(rows), held, jax.tree.map(np.asarray, state["params"]), parse(step.as_text())[0]
 
 
 @pytest.mark.slow
 def test_accumulation_exchanges_once(runs) -> None:
     """Also where gradients are summed whole; replicas of sharded parameters sum over what they repeat only."""
     whole = trained(runs, "gpt", (8, 1, 1))
-    assert exchanges(whole[3], hlo.in_loops(whole[3])) == []
+    assert exchanges(whole[3], in_loops(whole[3])) == []
     compare(trained(runs, "gpt", (1, 1, 1)), whole)
 
 
@@ -161,11 +161,9 @@ def compare(one, other) -> None:
         np.testing.assert_allclose(theirs, mine, atol=2e-5)
 
 
-def exchanges(program: hlo.Program, computations) -> list[str]:
+def exchanges(program: Computations, computations) -> list[str]:
     """Collectives in some computations."""
-    return [
-        op for name in computations for _, _, op, _ in program[name] if op.removesuffix("-start") in hlo.COLLECTIVES
-    ]
+    return [line.collective for name in computations for line in program[name] if line.collective]
 
 
 def test_a_shared_optimizer_trains_the_same(runs, all_sizes) -> None:
@@ -176,7 +174,7 @@ def test_a_shared_optimizer_trains_the_same(runs, all_sizes) -> None:
     one, shared = trained(runs, "gpt", (1, 1, 1)), trained(runs, "gpt", (8, 1, 1), shard_optimizer=True)
     compare(one, shared)
     assert shared[1] < one[1] / 6
-    assert exchanges(shared[3], hlo.in_loops(shared[3])) == []
+    assert exchanges(shared[3], in_loops(shared[3])) == []
     assert {"reduce-scatter", "all-gather"} <= set(exchanges(shared[3], shared[3]))
 
 

@@ -63,16 +63,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture
-def compiled_afresh() -> Iterator[None]:
-    """No program is read from the cache: those with permutes go wrong then (`training/workdir.py`)."""
+def with_the_cache() -> Iterator[None]:
+    """The compilation cache is on again afterwards, whatever a mesh did to it (`parallel.mesh.make_mesh`)."""
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # jax looks at the setting once
     yield
     jax.config.update("jax_enable_compilation_cache", True)
     compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def compiled_afresh(with_the_cache: None) -> None:
+    """No program is read from the cache, as on meshes of CPUs that share sequences."""
+    from bertgpt_jax.parallel.mesh import MeshConfig, make_mesh
+
+    make_mesh(MeshConfig(context=DEVICES))
 
 
 @pytest.fixture(scope="session")

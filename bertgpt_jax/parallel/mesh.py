@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh
 from pydantic import Field, field_validator
 
@@ -121,12 +122,26 @@ def _factorizations(devices: int, limit: int = 12) -> str:
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over all devices, in the order that suits their links, with automatic (GSPMD) axes.
 
+    Where CPU devices share sequences, this process reads no compiled program from a cache any more.
+
     Raises:
         ConfigError: sizes that are not these devices' (`MeshConfig.resolve`, `MeshConfig.across_slices`).
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = config.resolve(len(devices))
+    if sizes["context"] > 1 and devices[0].platform == "cpu":
+        _compile_afresh()
     return Mesh(_arranged(config, devices, sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _compile_afresh() -> None:
+    """Turns jax's compilation cache off.
+
+    XLA for CPUs runs the permutes (`jax.lax.ppermute`) of a program that it has read from the cache all at once, and
+    mixes up what they send: wrong results, or an abort in its rendezvous (jaxlib 0.10.2).
+    """
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # jax looks at the setting once
 
 
 def fully_sharded(mesh: Mesh) -> MeshConfig | None:

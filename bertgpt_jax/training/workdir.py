@@ -46,14 +46,8 @@ def open_run_corpus(config: RunConfig, workdir: epath.Path) -> CorpusReader | Co
 def use_compilation_cache(config: RunConfig, workdir: epath.Path) -> None:
     """Keeps compiled programs beside a local workdir, or where the config says; directories of ours are private.
 
-    `auto` leaves a directory that jax was told of (JAX_COMPILATION_CACHE_DIR) as it is. Programs of sequences that are
-    split over CPU devices are always compiled anew.
+    `auto` leaves a directory that jax was told of (JAX_COMPILATION_CACHE_DIR) as it is.
     """
-    if config.execution.mesh.context > 1 and jax.default_backend() == "cpu":
-        # XLA for CPUs runs the permutes of a program that it has read at once, and mixes up what they send: wrong
-        # results, or an abort in its rendezvous (seen with jaxlib 0.10.2)
-        jax.config.update("jax_enable_compilation_cache", False)
-        return
     where = config.execution.compilation_cache
     chosen = where not in ("auto", "off")
     if where == "off" or not chosen and (jax.config.jax_compilation_cache_dir or not storage.is_local(workdir)):

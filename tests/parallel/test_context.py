@@ -24,7 +24,7 @@ from bertgpt_jax.training.run_config import ExecutionConfig, RunConfig, StageCon
 from bertgpt_jax.training.schedules import Constant
 from bertgpt_jax.training.setup import lower_eval_step, lower_train_step, make_program
 
-pytestmark = pytest.mark.usefixtures("compiled_afresh")
+pytestmark = pytest.mark.usefixtures("with_the_cache")
 
 FAST_COMPILE = {"xla_backend_optimization_level": 0}
 T, ROWS, V, STEPS = 32, 8, 32, 2

@@ -159,3 +159,10 @@ def test_rows_that_cannot_be(rows: list, message: str) -> None:
 
 def test_arrays_have_axes_together_that_the_table_knows() -> None:
     assert {name for array in TOGETHER for name in array} == {name for name, _ in LOGICAL_AXES}
+
+
+@pytest.mark.usefixtures("with_the_cache")
+@pytest.mark.parametrize(("context", "kept"), [(1, True), (2, False)])
+def test_cpus_that_share_sequences_read_no_compiled_programs(context: int, kept: bool) -> None:
+    make_mesh(MeshConfig(context=context))
+    assert jax.config.jax_enable_compilation_cache is kept

@@ -23,7 +23,7 @@ from bertgpt_jax.training.checkpoint import Checkpoints, restore
 from bertgpt_jax.training.dry_run import describe
 from bertgpt_jax.training.setup import check_batches, lower_train_step, make_program
 
-pytestmark = pytest.mark.usefixtures("compiled_afresh")  # some split sequences too
+pytestmark = pytest.mark.usefixtures("with_the_cache")
 
 PROGRAM = Path(__file__).with_name("pipe_runs.py")
 CIRCULAR = {"schedule": "circular"}

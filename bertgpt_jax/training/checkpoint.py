@@ -10,13 +10,10 @@ import contextlib
 import logging
 import platform
 import tempfile
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.options import AtomicityMode, AtomicityOptions
@@ -28,9 +25,11 @@ from bertgpt_jax.training import checkpoint_files as files
 from bertgpt_jax.training import processes, storage
 from bertgpt_jax.training import restore as restoring
 from bertgpt_jax.training.checkpoint_files import list_steps, read_meta
-from bertgpt_jax.training.fingerprint import combine, describe_leaves, fingerprint_vector
+from bertgpt_jax.training.fingerprint import combine, describe_leaves
+from bertgpt_jax.training.page_cache import Uncached
 from bertgpt_jax.training.restore import restore, restore_latest_valid
 from bertgpt_jax.training.rows import to_number
+from bertgpt_jax.training.snapshot import Snapshots
 
 __all__ = ["Checkpoints", "list_steps", "read_meta", "restore", "restore_latest_valid"]
 
@@ -64,7 +63,8 @@ class Checkpoints:
         self.keep, self.best_metric, self.best_mode = keep, best_metric, best_mode
         self._max_failed, self._failed = max_failed_saves, 0
         self._pending: tuple[int, files.Score] | None = None
-        self._snapshot: tuple[Any, Callable[..., Any]] | None = None
+        self._snapshots = Snapshots()
+        self._uncached: Uncached | None = None
         self._scores = self._read_scores()
         self._background = ThreadPoolExecutor(1, "checkpoints")
         self._removals: list[Future[None]] = []
@@ -124,7 +124,7 @@ class Checkpoints:
             StorageError: after `max_failed_saves` failures in a row.
         """
         self._collect()
-        arrays, fingerprints = self._take_snapshot(flatten(state))
+        arrays, fingerprints = self._snapshots.take(flatten(state))
         metrics = {name: to_number(value) for name, value in (meta.get("metrics") or {}).items()}
         meta = {**_describe(arrays, fingerprints), **meta, "metrics": metrics}
         size = sum(x.nbytes for x in arrays.values())
@@ -132,6 +132,7 @@ class Checkpoints:
             if not processes.on_primary(self._prepare, step, meta, size):
                 return False
             target = files.step_directory(self.workdir, step) if self._staging is None else self._staging / str(step)
+            self._uncached = Uncached(target / "state", target / "state" / files.COMMIT_MARKER)
             self._saver.save(target / "state", args=ocp.args.PyTreeSave(arrays))
             if self._staging is not None:
                 self._upload = self._background.submit(self._finish_staged, step)
@@ -140,28 +141,6 @@ class Checkpoints:
             return False
         self._pending = (step, files.read_score(meta, self.best_metric))
         return True
-
-    def _take_snapshot(self, flat: dict[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
-        """Arrays that training will not touch, and the fingerprints of the leaves, in one pass over the state.
-
-        On the CPU, Orbax would hold the live buffers until they are written, and the next donated step would wait for
-        it; elsewhere it copies them to the host before `save` returns, and a copy here would double the memory.
-        """
-        copies = jax.default_backend() == "cpu"
-        key = [(path, x.shape, x.dtype, x.sharding) for path, x in flat.items()]
-        if self._snapshot is None or self._snapshot[0] != key:
-            shardings = {path: x.sharding for path, x in flat.items()}
-            whole = all(len(sharding.device_set) == 1 for sharding in shardings.values())
-
-            def snapshot(tree: dict[str, Any]) -> tuple[Any, Any]:
-                prints = fingerprint_vector(tree, in_slabs=copies and whole)
-                return (jax.tree.map(jnp.copy, tree) if copies else None), prints
-
-            self._snapshot = key, jax.jit(snapshot, out_shardings=(shardings if copies else None, None))
-        copied, values = self._snapshot[1](flat)
-        numbers = np.asarray(jax.device_get(values))
-        fingerprints = {path: int(n) for path, n in zip(flatten(flat), numbers, strict=True)}
-        return (copied if copies else flat), fingerprints
 
     def _prepare(self, step: int, meta: dict[str, Any], size: int) -> bool:
         """Makes room for a step and writes its meta data; False if it is already saved. Primary process only."""
@@ -190,6 +169,7 @@ class Checkpoints:
             if self._upload is not None:
                 self._upload.result()
             self._saver.wait_until_finished()
+            self._stop_dropping()
             if not processes.on_primary(files.is_committed, self.workdir, step):
                 raise StorageError(f"the checkpoint of step {step} has no commit marker")
         except Exception as error:
@@ -205,6 +185,8 @@ class Checkpoints:
     def _fail(self, step: int, error: Exception) -> None:
         """Logs a failed save and removes what it left; the last straw raises."""
         self._failed += 1
+        self._stop_dropping()
+        self._snapshots.forget()  # a thread of the save may still read it
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         if processes.is_primary():
             with contextlib.suppress(StorageError):
@@ -216,6 +198,11 @@ class Checkpoints:
                 f" last good step: {self.latest()}"
             ) from error
         log.warning("saving step %d failed (%d in a row): %s; training goes on", step, self._failed, reason)
+
+    def _stop_dropping(self) -> None:
+        if self._uncached is not None:
+            self._uncached.stop()
+            self._uncached = None
 
     def wait(self) -> None:
         """Returns when no save and no removal is under way."""

@@ -12,7 +12,7 @@ import bisect
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import Field
@@ -20,7 +20,7 @@ from pydantic import Field
 from bertgpt_jax.batches.index import PLANS_KEPT, RowIndex, document_windows
 from bertgpt_jax.batches.pairs import SentencePairs, no_pairs, plan_pairs, read_sentences
 from bertgpt_jax.batches.sentences import cut_sentences
-from bertgpt_jax.config import Config
+from bertgpt_jax.config import ADDED, Config
 from bertgpt_jax.corpus.view import Corpus, ragged_index
 
 
@@ -36,6 +36,8 @@ class PackedDocuments(Config):
     kind: Literal["packed_documents"] = "packed_documents"
     cut: Literal["tokens", "sentences"] = "tokens"
     """Where a document longer than a row is cut: at the row's end, or before the sentence that no longer fits."""
+    max_segments: Annotated[int | None, ADDED] = Field(None, ge=1)
+    """Pieces of a row, at most. cuDNN keeps 4 bytes a token and head for each, so it packs rows only with a limit."""
 
 
 class PackedPairs(SentencePairs):
@@ -156,7 +158,7 @@ def plan_documents(
     """The rows of a window's documents."""
     extra = 0 if causal else 2
     base, start, length, begins = document_pieces(corpus, window, config.cut, sequence_length - extra, causal)
-    return _packed(base, start[:, None], length[:, None], begins, extra, sequence_length, None)
+    return _packed(base, start[:, None], length[:, None], begins, extra, sequence_length, config.max_segments)
 
 
 def plan_packed_pairs(

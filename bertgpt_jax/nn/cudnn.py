@@ -1,7 +1,8 @@
 """Attention by cuDNN's fused kernels on NVIDIA GPUs, through `jax.nn.dot_product_attention` (implementation="cudnn").
 
 It must be asked for by name: without one jax always takes XLA. Padding is told as lengths, since a boolean mask makes
-cuDNN read a [T, S] bias. What is not public in jax (segments of packed rows, dropout) is left to the reference path.
+cuDNN read a [T, S] bias; segments of packed rows go through `nn.cudnn_packed`. Dropout, which is not public in jax, is
+left to the reference path.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from bertgpt_jax.nn import cudnn_packed
 from bertgpt_jax.nn.masks import AttentionMask
 from bertgpt_jax.shapes import Heads
 
@@ -41,8 +43,8 @@ def obstacles(
         found.append("the mask is an explicit array or has a prefix")
     if mask.q_positions_BT is not None or mask.kv_positions_BS is not None:
         found.append("the mask compares given positions, not places in the row")
-    if mask.q_segments_BT is not None and mask.lengths_B is None:
-        found.append("rows hold several segments, and jax has no public way to tell cuDNN")
+    if _packed(mask):
+        found += cudnn_packed.obstacles(q_shape, kv_length, mask)
     if mask.window is not None and not mask.causal:
         found.append("the window looks both ways")
     if mask.causal and q_shape[1] != kv_length:
@@ -55,6 +57,8 @@ def cudnn_attention(q_BTNH: Heads, k_BSNH: Heads, v_BSNH: Heads, mask: Attention
 
     Rows of `mask.lengths_B` real tokens: queries beyond them yield zeros.
     """
+    if _packed(mask):
+        return cudnn_packed.packed_attention(q_BTNH, k_BSNH, v_BSNH, mask)
     return jax.nn.dot_product_attention(
         q_BTNH,
         k_BSNH,
@@ -65,3 +69,7 @@ def cudnn_attention(q_BTNH: Heads, k_BSNH: Heads, v_BSNH: Heads, mask: Attention
         local_window_size=None if mask.window is None else (mask.window - 1, 0),
         implementation="cudnn",
     )
+
+
+def _packed(mask: AttentionMask) -> bool:
+    return mask.q_segments_BT is not None and mask.lengths_B is None

@@ -20,6 +20,8 @@ class AttentionMask:
         q_positions_BT, kv_positions_BS: what `causal`, `window` and `prefix_B` compare; array indices when absent.
         lengths_B: the segments say no more than that the first so many tokens of each row are real; kernels that take
             lengths read this instead.
+        max_segments: segments of a row at most, padding's included, where queries and keys are the same row and each
+            segment lies together, ids ascending and padding last; None: not known.
         allowed_BNTS: any explicit boolean array broadcastable to [B, N, T, S] (permutation language models).
     """
 
@@ -32,6 +34,7 @@ class AttentionMask:
     allowed_BNTS: Array | None = None
     causal: bool = flax.struct.field(pytree_node=False, default=False)
     window: int | None = flax.struct.field(pytree_node=False, default=None)
+    max_segments: int | None = flax.struct.field(pytree_node=False, default=None)
 
     def to_array(self, q_length: int, kv_length: int) -> Array | None:
         """bool, broadcastable to [B, N, T, S]: True where attention is allowed; None when everything is."""
@@ -58,19 +61,30 @@ class AttentionMask:
         return allowed
 
 
-def causal_mask(segments_BT: Array | None = None) -> AttentionMask:
+def causal_mask(segments_BT: Array | None = None, max_segments: int | None = None) -> AttentionMask:
     """Each position sees itself and what precedes it in the row, document boundaries ignored (GPT-2, GPT-3).
 
     With `segments_BT` it sees nothing but its own segment.
+
+    Args:
+        max_segments: of a row at most, beside padding, where ids are 1, 2, ... and then 0; None: not known.
     """
-    return AttentionMask(causal=True, q_segments_BT=segments_BT, kv_segments_BS=segments_BT)
+    return AttentionMask(
+        causal=True,
+        q_segments_BT=segments_BT,
+        kv_segments_BS=segments_BT,
+        max_segments=None if max_segments is None else max_segments + 1,
+    )
 
 
-def segment_mask(segments_BT: Array, packed: bool = True) -> AttentionMask:
+def segment_mask(segments_BT: Array, packed: bool = True, max_segments: int | None = None) -> AttentionMask:
     """Bidirectional attention inside each segment id; id 0 is padding.
 
     Args:
         packed: a row may hold several segments; else it is one, with padding behind it.
+        max_segments: of a packed row at most, beside padding, where ids are 1, 2, ... and then 0; None: not known.
     """
-    lengths_B = None if packed else jnp.sum(segments_BT > 0, axis=1, dtype=jnp.int32)
+    if packed:
+        return causal_mask(segments_BT, max_segments).replace(causal=False)
+    lengths_B = jnp.sum(segments_BT > 0, axis=1, dtype=jnp.int32)
     return AttentionMask(q_segments_BT=segments_BT, kv_segments_BS=segments_BT, lengths_B=lengths_B)

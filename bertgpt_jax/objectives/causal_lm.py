@@ -49,7 +49,8 @@ class CausalLM(VocabularyLoss):
 
     def model_inputs(self, batch: Batch) -> tuple:
         """Positional arguments of the model's `__call__`."""
-        return batch["tokens"], batch["positions"], causal_mask(batch.get("segments"))
+        most = getattr(self.examples, "max_segments", None)
+        return batch["tokens"], batch["positions"], causal_mask(batch.get("segments"), most)
 
     def loss(self, model: Any, params: Params, batch: Batch, carry: Any, key: Array | None) -> Sums:
         """Summed cross-entropy and next-token accuracy."""

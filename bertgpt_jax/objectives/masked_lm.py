@@ -52,7 +52,8 @@ class MaskedLM(VocabularyLoss):
 
     def model_inputs(self, batch: Batch) -> tuple:
         """Positional arguments of the model's `__call__`."""
-        return masked_inputs(batch, isinstance(self.examples, PackedDocuments))
+        packed = isinstance(self.examples, PackedDocuments)
+        return masked_inputs(batch, packed, self.examples.max_segments if packed else None)
 
     def loss(self, model: Any, params: Params, batch: Batch, carry: Any, key: Array | None) -> Sums:
         """Summed cross-entropy and accuracy over the masked positions."""
@@ -76,11 +77,12 @@ def abstract_masked_batch(masking: Masking, rows: int, length: int) -> dict[str,
     }
 
 
-def masked_inputs(batch: Batch, packed: bool) -> tuple:
+def masked_inputs(batch: Batch, packed: bool, max_segments: int | None = None) -> tuple:
     """`Bert.__call__` arguments of a masked batch; `types` and `cls_positions` may be absent.
 
     Args:
-        packed: rows may hold several segments.
+        packed: rows may hold several segments, up to `max_segments`.
     """
-    types, pairs, mask = batch.get("types"), batch.get("cls_positions"), segment_mask(batch["segments"], packed)
+    types, pairs = batch.get("types"), batch.get("cls_positions")
+    mask = segment_mask(batch["segments"], packed, max_segments)
     return batch["tokens"], batch["positions"], types, mask, batch["mask_positions"], pairs

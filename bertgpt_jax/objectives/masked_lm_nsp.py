@@ -65,7 +65,8 @@ class MaskedLMNSP(VocabularyLoss):
 
     def model_inputs(self, batch: Batch) -> tuple:
         """Positional arguments of the model's `__call__`."""
-        return masked_inputs(batch, isinstance(self.examples, PackedPairs))
+        packed = isinstance(self.examples, PackedPairs)
+        return masked_inputs(batch, packed, self.examples.max_segments if packed else None)
 
     def loss(self, model: Any, params: Params, batch: Batch, carry: Any, key: Array | None) -> Sums:
         """Summed cross-entropies and accuracies of both parts."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bertgpt_jax.errors import ConfigError, UserError
-from bertgpt_jax.planning.hlo import Collective, collectives
+from bertgpt_jax.planning.hlo import Collective, attention_kernels, collectives
 from bertgpt_jax.planning.places import Place, parse
 from bertgpt_jax.training.run_config import RunConfig
 
@@ -35,6 +36,7 @@ class Compiled:
         needed: bytes in all; where the compiler gave up for want of memory, what it says it needed.
         fits: whether it compiled and has room.
         collectives: of one step; empty if it did not compile.
+        attention: fused attention kernels of one step, forward and backward.
     """
 
     trace_seconds: float
@@ -45,6 +47,7 @@ class Compiled:
     needed: int
     fits: bool
     collectives: tuple[Collective, ...]
+    attention: tuple[int, int]
 
     def sent(self) -> dict[str, float]:
         """Bytes that a device sends along each mesh axis; those over several axes are shared out among them."""
@@ -84,7 +87,7 @@ def compile_step(config: RunConfig, place: Place, stage: int = 0, timeout: float
     if "refused" in result:
         raise ConfigError(result["refused"])
     parts = tuple(Collective(**{**one, "axes": tuple(one["axes"])}) for one in result.pop("collectives"))
-    return Compiled(**result, collectives=parts)
+    return Compiled(**result | {"attention": tuple(result["attention"])}, collectives=parts)
 
 
 def check_compiler(place: Place) -> None:
@@ -112,16 +115,19 @@ def compile_here(job: Mapping[str, Any]) -> dict[str, Any]:
     import jax
 
     from bertgpt_jax.config import build
+    from bertgpt_jax.planning.gpu import stand_in
     from bertgpt_jax.training.ahead import lower_step
 
     place = parse(job["place"], job["slices"])
     begun = time.perf_counter()
     try:
-        lowered = lower_step(build(RunConfig, job["config"], "config"), _devices(place), job["stage"])
+        with stand_in(place) if place.chip.platform == "gpu" else contextlib.nullcontext():
+            lowered = lower_step(build(RunConfig, job["config"], "config"), _devices(place), job["stage"])
     except ConfigError as error:
         return {"refused": str(error)}
     traced = time.perf_counter()
-    result = {"trace_seconds": traced - begun, "arguments": 0, "temporaries": 0, "outputs": 0, "collectives": []}
+    result = {"trace_seconds": traced - begun, "arguments": 0, "temporaries": 0, "outputs": 0}
+    result |= {"collectives": [], "attention": (0, 0)}
     try:
         program = lowered.step.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -132,7 +138,8 @@ def compile_here(job: Mapping[str, Any]) -> dict[str, Any]:
     seconds, memory = time.perf_counter() - traced, program.memory_analysis()
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + outputs
-    found = collectives(program.as_text(), lowered.program.mesh.shape)
+    text = program.as_text()
+    found = collectives(text, lowered.program.mesh.shape)
     return result | {
         "compile_seconds": seconds,
         "arguments": memory.argument_size_in_bytes,
@@ -141,6 +148,7 @@ def compile_here(job: Mapping[str, Any]) -> dict[str, Any]:
         "needed": needed,
         "fits": needed <= place.chip.usable_bytes,
         "collectives": [dataclasses.asdict(one) for one in found],
+        "attention": attention_kernels(text),
     }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from bertgpt_jax.errors import ConfigError
@@ -14,6 +16,9 @@ _CHIPS = {
 }
 """Bytes of shared memory a block, multiprocessors, fp32 units of each, bytes of L2, GHz, compute capability
 (CUDA C programming guide, table of compute capabilities; data sheets)."""
+
+_CUDNN = (9, 28)
+"""Version of cuDNN that is compiled for."""
 
 
 def description(place: Place) -> str:
@@ -31,7 +36,7 @@ gpu_device_info {{
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
 }}
 platform_name: "CUDA"
-dnn_version_info {{ major: 9 minor: 28 }}
+dnn_version_info {{ major: {_CUDNN[0]} minor: {_CUDNN[1]} }}
 runtime_version {{ major: 13 minor: 0 patch: 0 }}
 device_description_str: "{facts["name"]}"
 """
@@ -52,3 +57,33 @@ def devices(place: Place) -> list[Any]:
         text = " ".join(str(error).split())[:200]
         raise ConfigError(f"topology '{place.name}': the CUDA plugin cannot describe it ({text})") from None
     return list(found.devices)
+
+
+@contextlib.contextmanager
+def stand_in(place: Place) -> Iterator[None]:
+    """While it lasts, jax traces cuDNN attention as if a GPU of the place were here.
+
+    It asks the GPU that runs for its compute capability, by private functions, and without one would trace no packed
+    rows. For programs that are compiled and not run.
+
+    Raises:
+        ConfigError: this jax asks by other functions.
+    """
+    from jax._src.cudnn import fused_attention_stablehlo as private
+
+    def number(text: str) -> tuple[int, ...]:
+        return tuple(int(part) for part in text.split("."))
+
+    here = (_CHIPS[place.chip.name]["major"], 0)
+    answers = {
+        "check_cudnn_version": lambda: 10_000 * _CUDNN[0] + 100 * _CUDNN[1],
+        "check_compute_capability": lambda least: here >= number(least),
+        "is_cuda_compute_capability_equal": lambda asked: here == number(asked),
+    }
+    if missing := [name for name in answers if not hasattr(private, name)]:
+        raise ConfigError(f"topology '{place.name}': this jax has no {missing[0]} to answer in place of a GPU")
+    with contextlib.ExitStack() as restored:
+        for name, answer in answers.items():
+            restored.callback(setattr, private, name, getattr(private, name))
+            setattr(private, name, answer)
+        yield

@@ -67,6 +67,22 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
     return sorted(found, key=lambda c: -c.sent)
 
 
+def attention_kernels(text: str) -> tuple[int, int]:
+    """How often a step runs a fused attention kernel, forward and backward: cuDNN's on GPUs, Pallas' on TPUs."""
+    computations, entry = parse(text)
+    forward = backward = 0
+    for _, line, times in _walk(computations, entry, 1):
+        target = re.search(r'custom_call_target="([^"]*)"', line.rest) if line.opcode == "custom-call" else None
+        if target and "fmha" in target[1]:
+            back = "Backward" in target[1]
+        elif target and target[1] == "tpu_custom_call":
+            back = "fwd" not in line.name
+        else:
+            continue
+        forward, backward = forward + times * (not back), backward + times * back
+    return forward, backward
+
+
 # ---------------------------------------------------------------- how often
 
 

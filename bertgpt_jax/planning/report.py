@@ -36,6 +36,7 @@ def _stage(plan: Plan, stage: StagePlan) -> list[str]:
         f"stage        {stage.name}: batch {work.rows:,} x {work.length:,} in {work.microbatches} parts, "
         f"{compute.dtype}, remat {work.remat}, {'fused' if work.fused_attention else 'reference'} attention",
         *_memory(plan, stage),
+        *_kernels(stage),
         *_collectives(stage),
         *_time(plan, stage),
     ]
@@ -66,6 +67,11 @@ def _memory(plan: Plan, stage: StagePlan) -> list[str]:
         f"bytes        {verdict}: {stage.bytes_per_device / GIB:.2f} GiB a device of {has / GIB:.2f}, {how}",
         f"             {listed}; of temp, by the model: {shares}",
     ]
+
+
+def _kernels(stage: StagePlan) -> list[str]:
+    forward, backward = stage.compiled.attention if stage.compiled else (0, 0)
+    return [f"kernels      of fused attention: {forward} forward, {backward} backward a step"] if forward else []
 
 
 def _collectives(stage: StagePlan) -> list[str]:
@@ -145,6 +151,7 @@ def _stage_json(plan: Plan, stage: StagePlan) -> dict[str, Any]:
             {"kind": one.kind, "axes": list(one.axes), "count": one.count, "bytes": one.sent}
             for one in (c.collectives if c else ())
         ],
+        "attention_kernels": list(c.attention) if c else None,
         "batch": [stage.work.rows, stage.work.length],
         "microbatches": stage.work.microbatches,
         "remat": stage.work.remat,

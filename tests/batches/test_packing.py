@@ -13,6 +13,7 @@ from bertgpt_jax.batches.dataset import Dataset
 from bertgpt_jax.batches.masking import Masking
 from bertgpt_jax.batches.packing import PackedDocuments, PackedPairs, fill_rows
 from bertgpt_jax.batches.pairs import SentencePairs
+from bertgpt_jax.config import identity
 from bertgpt_jax.corpus.config import CorpusConfig, WordPieceConfig
 from bertgpt_jax.corpus.special import TRAINED_IDS, SpecialIds
 from bertgpt_jax.corpus.view import InMemoryCorpus
@@ -219,6 +220,21 @@ def test_causal_documents_predict_themselves_and_their_end(corpus, kind):
     lengths = np.concatenate([ends - starts for starts, ends in spans])
     assert batch["weights"].sum() == sum(lengths) + len(lengths), "every token and every end is predicted once"
     assert (batch["targets"] == SPECIAL.eot).sum() == len(lengths)
+
+
+@pytest.mark.parametrize("masking", [None, Masking()], ids=["causal", "masked"])
+def test_documents_of_limited_rows(corpus, masking):
+    """No row holds more pieces than allowed, ids ascend to the padding, and nothing is lost."""
+    made = [
+        Dataset(corpus, PackedDocuments(max_segments=most), masking, sequence_length=T, batch_size=ROWS, seed=3)
+        for most in (None, 2)
+    ]
+    free, limited = (an_epoch(data)[0]["segments"] for data in made)
+    assert free.max() > 2 == limited.max()
+    before, after = limited[:, :-1], limited[:, 1:]
+    assert ((after == before) | (after == before + 1) | (after == 0)).all() and (limited[:, 0] == 1).all()
+    assert (limited > 0).sum() == (free > 0).sum()
+    assert identity(PackedDocuments()) != identity(PackedDocuments(max_segments=2))
 
 
 @pytest.mark.parametrize("kind", ["pairs", "word_pairs"])

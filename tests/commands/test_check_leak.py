@@ -51,7 +51,7 @@ def test_packed_documents_do_not_leak(config: str, capsys: pytest.CaptureFixture
 def test_a_leak_ends_with_1_and_names_the_segments(
     config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(causal_lm, "causal_mask", lambda segments: AttentionMask(causal=True))
+    monkeypatch.setattr(causal_lm, "causal_mask", lambda *_: AttentionMask(causal=True))
     assert run(config, PACKED) == 1
     line = capsys.readouterr().out.splitlines()[0]
     assert "LEAK in 3 of 3 trials; perturbing row 0 segment " in line

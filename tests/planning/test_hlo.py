@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from bertgpt_jax.planning.hlo import collectives
+from bertgpt_jax.planning.hlo import attention_kernels, collectives
 
 MESH = {"data": 2, "fsdp": 4}
 
@@ -51,6 +51,32 @@ def test_what_a_loop_holds_counts_as_often_as_it_turns(mesh: Mesh) -> None:
     gathers = [c for c in collectives(text, MESH) if c.kind == "all-gather"]
     assert [(c.axes, c.count) for c in gathers] == [(("fsdp",), 5)]
     assert gathers[0].sent == pytest.approx(5 * 3 / 4 * 64 * 64 * 4)
+
+
+def test_attention_kernels_are_told_apart() -> None:
+    """As XLA prints them for a GPU and for a TPU, there in a loop that turns three times."""
+    gpu = """HloModule step
+ENTRY %main (p: bf16[2]) -> bf16[2] {
+  %p = bf16[2]{0} parameter(0)
+  %f = (bf16[2]{0}, f32[2]{0}, u8[0]{0}) custom-call(%p), custom_call_target="__cudnn$fmhaSoftmax", backend_config={}
+  %g = (bf16[2]{0}, u8[0]{0}) custom-call(%p, %p), custom_call_target="__cublas$lt$matmul"
+  ROOT %b = bf16[2]{0} custom-call(%p), custom_call_target="__cudnn$fmhaSoftmaxBackward", backend_config={}
+}"""
+    tpu = """HloModule step
+%body (p: bf16[2]) -> bf16[2] {
+  %p = bf16[2]{0} parameter(0)
+  %splash_mha_fwd.3 = bf16[2]{0} custom-call(%p), custom_call_target="tpu_custom_call"
+  ROOT %splash_mha_dkv.1 = bf16[2]{0} custom-call(%p), custom_call_target="tpu_custom_call"
+}
+%condition (p: bf16[2]) -> pred[] {
+  ROOT %c = pred[] constant(true)
+}
+ENTRY %main (p: bf16[2]) -> bf16[2] {
+  %p = bf16[2]{0} parameter(0)
+  ROOT %w = bf16[2]{0} while(%p), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+}"""
+    assert attention_kernels(gpu) == (1, 1)
+    assert attention_kernels(tpu) == (3, 3)
 
 
 def test_a_permutation(mesh: Mesh) -> None:

@@ -50,6 +50,7 @@ ONLY_IN = {
     "pyarrow": ("corpus/tables.py",),
     "tensorflow_datasets": ("corpus/tfds.py",),
     "tensorboardX": ("training/trackers.py",),
+    "tokamax": ("nn/tokamax_attention.py",),
 }
 """Libraries that only some files may import at all, even inside a function."""
 
@@ -64,6 +65,7 @@ OPTIONAL = {
     "apache_beam",
     "fsspec",
     "jieba",
+    "tokamax",
 }
 """Libraries of the extras: imported inside functions, so that the package works without them."""
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bertgpt_jax.errors import ConfigError
-from bertgpt_jax.nn import cudnn, ring, sequence, splash
+from bertgpt_jax.nn import cudnn, ring, sequence, splash, tokamax_attention
 from bertgpt_jax.nn.layers import constrain, dropout
 from bertgpt_jax.nn.masks import AttentionMask
 from bertgpt_jax.shapes import Array, Heads
@@ -20,8 +20,9 @@ MASKED = -1e30
 """Logit of a forbidden pair: exp() of it is 0 in fp32 next to any real logit, without the NaN that -inf can give."""
 
 
-Path = Literal["reference", "splash", "cudnn"]
-"""`reference`: XLA, any mask, [T, S] scores in memory; `splash`: Pallas on TPUs; `cudnn`: fused kernels on GPUs."""
+Path = Literal["reference", "splash", "cudnn", "tokamax"]
+"""`reference`: XLA, any mask, [T, S] scores in memory; `splash`: Pallas on TPUs; `cudnn`: fused kernels on GPUs;
+`tokamax`: a library of kernels, by name only."""
 
 PREFERRED: dict[str, Path] = {"tpu": "splash", "gpu": "cudnn"}
 """What `auto` tries first on a platform."""
@@ -29,7 +30,7 @@ PREFERRED: dict[str, Path] = {"tpu": "splash", "gpu": "cudnn"}
 Form = Literal["all_gather", "ring"]
 """Where a mesh splits the sequence: every device gathers all keys and values of a layer, or they go round."""
 
-_KERNELS = {"splash": splash.obstacles, "cudnn": cudnn.obstacles}
+_KERNELS = {"splash": splash.obstacles, "cudnn": cudnn.obstacles, "tokamax": tokamax_attention.obstacles}
 """Why a kernel cannot serve."""
 
 log = logging.getLogger(__name__)
@@ -89,6 +90,8 @@ def dot_product_attention(
         return splash.splash_attention(q_BTNH, k_BSNH, v_BSNH, mask, zigzag, emulated)
     if path == "cudnn":
         return cudnn.cudnn_attention(q_BTNH, k_BSNH, v_BSNH, mask)
+    if path == "tokamax":
+        return tokamax_attention.tokamax_attention(q_BTNH, k_BSNH, v_BSNH, mask)
     if shards > 1:
         k_BSNH, v_BSNH = (constrain(x, "batch", None, "act_heads", None) for x in (k_BSNH, v_BSNH))
     order = sequence.zigzag_order(q_BTNH.shape[1], shards) if zigzag else None
@@ -151,7 +154,7 @@ def choose_path(
     if path == "reference":
         return path
     found = _KERNELS[path](q_shape, kv_length, dtype, mask, dropping, shards)
-    owner = next(name for name, preferred in PREFERRED.items() if preferred == path)
+    owner = next((name for name, preferred in PREFERRED.items() if preferred == path), platform)
     if owner != platform and not (choice.emulate and path == "splash"):
         found = [f"it runs on {owner}, not on {platform}", *found]
     shape = f"{q_shape[1]} x {kv_length}, {q_shape[2]} heads of {q_shape[3]}, {jnp.dtype(dtype).name}"

@@ -70,8 +70,9 @@ class ComputeConfig(Config):
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="of activations and matmuls; parameters, norms, softmax and loss stay fp32"
     )
-    attention: Literal["auto", "reference", "splash", "cudnn"] = Field(
-        default="auto", description="auto: the platform's fastest path that can serve; another one must serve"
+    attention: Literal["auto", "reference", "splash", "cudnn", "tokamax"] = Field(
+        default="auto",
+        description="auto: the platform's fastest path that can serve (tokamax by name only); another one must serve",
     )
     context_attention: Literal["auto", "all_gather", "ring"] = Field(
         default="auto",

@@ -13,6 +13,8 @@ from bertgpt_jax.errors import ConfigError
 from bertgpt_jax.nn import attention
 from bertgpt_jax.nn.attention import PathChoice, choose_form, choose_path, dot_product_attention
 from bertgpt_jax.nn.masks import AttentionMask, causal_mask, segment_mask
+from bertgpt_jax.planning.gpu import stand_in
+from bertgpt_jax.planning.places import parse
 
 SHAPE = (2, 128, 4, 64)
 SEGMENTS = jnp.ones((2, 128), jnp.int32)
@@ -42,6 +44,15 @@ def test_auto(platform: str, mask: AttentionMask, dtype: str, dropping: bool, pa
     assert choose("reference", platform, mask, dtype, dropping) == "reference"
 
 
+def test_auto_takes_packed_rows_to_cudnn_where_it_can() -> None:
+    """From Hopper on, and with a known number of segments."""
+    known, unknown = segment_mask(SEGMENTS, max_segments=4), causal_mask(SEGMENTS)
+    with stand_in(parse("h200:8")):
+        assert [choose("auto", "gpu", mask) for mask in (known, unknown)] == ["cudnn", "reference"]
+    with stand_in(parse("a100:8")):
+        assert choose("auto", "gpu", known) == "reference"
+
+
 def test_auto_says_once_what_and_why(caplog: pytest.LogCaptureFixture) -> None:
     attention._say_once.cache_clear()
     with caplog.at_level(logging.INFO):
@@ -58,7 +69,8 @@ def test_auto_says_once_what_and_why(caplog: pytest.LogCaptureFixture) -> None:
     [
         ("splash", "cpu", ["it runs on tpu, not on cpu", "no dropout"]),
         ("cudnn", "tpu", ["it runs on gpu, not on tpu", "several segments", "no public dropout"]),
-        ("cudnn", "gpu", ["several segments", "no public dropout"]),
+        ("cudnn", "gpu", ["several segments", "how many at most is not known", "no public dropout"]),
+        ("tokamax", "cpu", ["several segments", "no dropout"]),
     ],
 )
 def test_a_wanted_path_that_cannot_serve(wanted: str, platform: str, words: list[str]) -> None:
@@ -102,20 +114,16 @@ def test_a_ring_and_a_kernel_exclude_each_other(wanted: str) -> None:
         (segment_mask(SEGMENTS, packed=False), 64),
     ],
 )
-def test_cudnn_is_in_the_program_for_a_gpu(mask: AttentionMask, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cudnn_is_in_the_program_for_a_gpu(mask: AttentionMask, width: int) -> None:
     """Lowered for CUDA without one: a fused forward and a fused backward, no softmax by XLA."""
-    from jax._src.cudnn import fused_attention_stablehlo as private  # asks the live GPU for its capability
-
-    monkeypatch.setattr(private, "check_compute_capability", lambda *_: True)
-    monkeypatch.setattr(private, "check_cudnn_version", lambda *_: 92000)
-    monkeypatch.setattr(private, "is_cuda_compute_capability_equal", lambda *_: False)
     x = jax.ShapeDtypeStruct((2, 128, 4, width), jnp.bfloat16)
     choice = PathChoice("cudnn", "gpu")
 
     def loss(q, k, v):
         return jnp.sum(dot_product_attention(q, k, v, mask, choice=choice).astype(jnp.float32))
 
-    text = jax.jit(jax.grad(loss, (0, 1, 2))).trace(x, x, x).lower(lowering_platforms=("cuda",)).as_text()
+    with stand_in(parse("h200:1")):
+        text = jax.jit(jax.grad(loss, (0, 1, 2))).trace(x, x, x).lower(lowering_platforms=("cuda",)).as_text()
     calls = re.findall(r"custom_call @(__cudnn\$fmha\w+)", text)
     assert sorted(calls) == ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"], calls
     assert "stablehlo.exponential" not in text

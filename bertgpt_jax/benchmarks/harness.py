@@ -6,6 +6,7 @@ should see into rows. `tools/benchmark.py NAME` runs it and writes the JSON.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import importlib.metadata
@@ -116,11 +117,15 @@ def compare(sides: Sequence[Side], repeats: int, warmup: int = 2) -> dict[str, A
             took = time.perf_counter() - begun
             if turn >= 0:
                 times[turn, i] = took
-    columns = {side.name: times[:, i] for i, side in enumerate(sides)}
-    ours = columns[sides[0].name]
-    peers = [side.name for side in sides[1:]]
+    return summary({side.name: times[:, i] for i, side in enumerate(sides)}, warmup)
+
+
+def summary(columns: dict[str, np.ndarray], warmup: int) -> dict[str, Any]:
+    """What `compare` returns, of times [repeats] of each side that were taken elsewhere; the first is ours."""
+    names = list(columns)
+    ours, peers = columns[names[0]], names[1:]
     return {
-        "repeats": repeats,
+        "repeats": len(ours),
         "warmup": warmup,
         "seconds": {name: _spread(column) | {"drift": _drift(column)} for name, column in columns.items()},
         "ratios": {name: float(np.median(columns[name]) / np.median(ours)) for name in peers},
@@ -179,6 +184,10 @@ def _cpu_seconds() -> tuple[float, float, float, float]:
     busy = times.user + times.system + sum(getattr(times, name, 0.0) for name in ("nice", "irq", "softirq"))
     mine = psutil.Process().cpu_times()
     own = mine.user + mine.system + getattr(mine, "children_user", 0.0) + getattr(mine, "children_system", 0.0)
+    for child in psutil.Process().children(recursive=True):  # what still runs: torch keeps processes that compile
+        with contextlib.suppress(psutil.Error):
+            spent = child.cpu_times()
+            own += spent.user + spent.system
     return time.perf_counter(), busy, getattr(times, "steal", 0.0), own
 
 

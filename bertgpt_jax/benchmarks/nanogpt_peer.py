@@ -17,6 +17,11 @@ from typing import Any
 import numpy as np
 
 Tensors = dict[str, Any]
+LAYER = (
+    *(f"{name}.{part}" for name in ("qkv", "out", "up", "down") for part in ("weight", "bias")),
+    *(f"{name}.{part}" for name in ("first", "second") for part in ("scale", "bias")),
+)
+"""Parameters of a layer."""
 
 
 def make_parameters(model: dict[str, Any], words: int) -> Tensors:
@@ -40,8 +45,14 @@ def make_parameters(model: dict[str, Any], words: int) -> Tensors:
     return {name: tensor.requires_grad_() for name, tensor in made.items()}
 
 
-def loss_function(model: dict[str, Any]) -> Callable[[Tensors, Any, Any], Any]:
-    """(parameters, tokens, targets) -> mean cross-entropy of a pre-norm GPT with a tied head."""
+def loss_function(
+    model: dict[str, Any], compiled: Callable[[Callable], Callable] | None = None
+) -> Callable[[Tensors, Any, Any], Any]:
+    """(parameters, tokens, targets) -> mean cross-entropy of a pre-norm GPT with a tied head.
+
+    Args:
+        compiled: `torch.compile`, for a layer and the head each: a layer is then compiled once for all of them.
+    """
     from torch.nn import functional as F
 
     heads, width = model["num_heads"], model["hidden_size"]
@@ -52,18 +63,27 @@ def loss_function(model: dict[str, Any]) -> Callable[[Tensors, Any, Any], Any]:
     def linear(p: Tensors, name: str, x: Any) -> Any:
         return F.linear(x, p[f"{name}.weight"], p[f"{name}.bias"])
 
-    def loss(p: Tensors, tokens: Any, targets: Any) -> Any:
-        rows, length = tokens.shape
-        x = F.embedding(tokens, p["tokens.weight"]) + p["positions.weight"][:length]
-        for i in range(model["num_layers"]):
-            qkv = linear(p, f"{i}.qkv", norm(p, f"{i}.first", x)).split(width, dim=2)
-            q, k, v = (y.view(rows, length, heads, width // heads).transpose(1, 2) for y in qkv)
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(rows, length, width)
-            x = x + linear(p, f"{i}.out", y)
-            up = F.gelu(linear(p, f"{i}.up", norm(p, f"{i}.second", x)), approximate="tanh")
-            x = x + linear(p, f"{i}.down", up)
+    def layer(p: Tensors, x: Any) -> Any:
+        rows, length, _ = x.shape
+        qkv = linear(p, "qkv", norm(p, "first", x)).split(width, dim=2)
+        q, k, v = (y.view(rows, length, heads, width // heads).transpose(1, 2) for y in qkv)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(rows, length, width)
+        x = x + linear(p, "out", y)
+        up = F.gelu(linear(p, "up", norm(p, "second", x)), approximate="tanh")
+        return x + linear(p, "down", up)
+
+    def head(p: Tensors, x: Any, targets: Any) -> Any:
         logits = F.linear(norm(p, "norm", x), p["tokens.weight"])
         return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.reshape(-1))
+
+    if compiled is not None:
+        layer, head = compiled(layer), compiled(head)
+
+    def loss(p: Tensors, tokens: Any, targets: Any) -> Any:
+        x = F.embedding(tokens, p["tokens.weight"]) + p["positions.weight"][: tokens.shape[1]]
+        for i in range(model["num_layers"]):
+            x = layer({name: p[f"{i}.{name}"] for name in LAYER}, x)
+        return head({name: p[name] for name in ("norm.scale", "norm.bias", "tokens.weight")}, x, targets)
 
     return loss
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bertgpt_jax.commands.common import add_platform, command_parser, run_command, select_platform
+from bertgpt_jax.commands.common import add_platform, check_platform, command_parser, run_command, select_platform
 from bertgpt_jax.errors import DataError, MachineBusy, UsageError
 
 UNTIMED = frozenset({"hlo", "memory_ladder"})
@@ -26,6 +27,9 @@ BENCHMARKS = {
     "startup": "from the start of a process to its first step done: scanned and unrolled, cold and warm cache",
     "time_to_loss": "seconds to a held-out loss on Shakespeare's characters beside a nanoGPT, eager and compiled",
     "flops": "arithmetic of compiled steps over the formula that the utilisation is computed with",
+    "gpu_step": "training steps of published sizes on one GPU beside torch.compile: rates, utilisation, memory, starts",
+    "gpu_ablation": "what each technique gives a training step on one GPU, beside what was predicted",
+    "ceilings": "what the devices do at best: matrix products, copies, sums over all of them",
     "hlo": "what must hold of steps compiled for TPUs that are not here (needs the extra libtpu)",
     "memory_ladder": "memory of steps compiled for TPUs that are not here, technique by technique (extra libtpu)",
 }
@@ -33,6 +37,9 @@ BENCHMARKS = {
 
 ON_CPU = frozenset({"data", "cpu_bert", "cpu_gpt", "decode", "checkpoint", "startup", "time_to_loss", "flops"})
 """Benchmarks that leave accelerators alone."""
+
+ON_GPU = frozenset({"gpu_step", "gpu_ablation", "ceilings"})
+"""Benchmarks of accelerators: they use all CPUs, and share the accelerator's memory with peers."""
 
 _DESCRIPTION = """\
 Measures a speed. Ours and its peers take turns in one process; medians, their spread, versions and hardware are written
@@ -48,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of the benchmark")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything that was measured there")
     parser.add_argument("--allow-loaded", action="store_true", help="measure on a busy machine too, and say so")
-    parser.add_argument("--cpus", type=int, default=2, help="CPUs to use (default 2; 0: all of them)")
+    parser.add_argument("--cpus", type=int, help="CPUs to use (0: all of them; default 2, and all beside accelerators)")
     parser.add_argument("--print-settings", action="store_true", help="show the benchmark's settings and stop")
     parser.add_argument("--table", nargs="*", type=Path, metavar="FILE", help="Markdown rows of results; no measuring")
     add_platform(parser)
@@ -64,13 +71,18 @@ def _benchmark(args: argparse.Namespace) -> int:
         return 0
     if args.name not in BENCHMARKS:
         raise UsageError(f"benchmark '{args.name or ''}' is unknown; known: {', '.join(BENCHMARKS)}")
-    harness.use_cpus(args.cpus)
+    on_gpu = args.name in ON_GPU
+    harness.use_cpus((0 if on_gpu else 2) if args.cpus is None else args.cpus)
     select_platform("cpu" if args.name in ON_CPU | UNTIMED else args.platform)
+    if on_gpu:
+        share_gpu()
     module = importlib.import_module(f"bertgpt_jax.benchmarks.{args.name}")
     settings = apply_overrides(module.Settings(), args.settings)
     if args.print_settings:
         print(to_json(settings), end="")
         return 0
+    if on_gpu:
+        check_platform(args.platform)
     timed = args.name not in UNTIMED
     around = harness.look_around() if timed else harness.Watch()
     if around.loaded and not args.allow_loaded:
@@ -87,6 +99,13 @@ def _benchmark(args: argparse.Namespace) -> int:
         args.json.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     _report(found, args, time.perf_counter() - begun)
     return 0
+
+
+def share_gpu() -> None:
+    """Lets jax take a GPU's memory as it needs it, up to nearly all of it; before jax starts. What is set stays."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if "XLA_CLIENT_MEM_FRACTION" not in os.environ:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
 
 
 def _report(found: dict[str, Any], args: argparse.Namespace, seconds: float) -> None:

@@ -80,7 +80,8 @@ def _check_paths(config: Any, args: argparse.Namespace, corpora: Path) -> int:
     batch = leaks.rows_to_check(data.batch, objective.examples, args.rows)
     regular, params, exit_code = ~corpus.special_mask(), None, 0
     for path in attention_paths():
-        changed = {"attention": path, "emulate": True}
+        # Products of 8-bit operands have one scale for all rows, which any token can change.
+        changed = {"attention": path, "emulate": True, "matmul": "same"}
         compute = type(config.execution.compute)(**config.execution.compute.model_dump() | changed)
         model = make_model(config.model, compute)
         emulated = " (emulated)" if path == "splash" and compute.compiled_for() != "tpu" else ""

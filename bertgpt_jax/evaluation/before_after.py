@@ -11,7 +11,7 @@ from bertgpt_jax.corpus.mixture import CorpusMixture
 from bertgpt_jax.evaluation.parameters import corpus_for, evaluate_params, source_params
 from bertgpt_jax.parallel.mesh import MeshConfig, make_mesh
 from bertgpt_jax.training import setup, storage
-from bertgpt_jax.training.run_config import with_changes
+from bertgpt_jax.training.run_config import execution_here, with_changes
 from bertgpt_jax.training.workdir import cache_root, open_run_corpus
 from bertgpt_jax.transfer.initial import Initial, begun_config
 from bertgpt_jax.transfer.load import open_source
@@ -27,7 +27,7 @@ def compare(workdir_text: str, initial: Initial) -> list[str]:
     workdir = storage.workdir_path(workdir_text)
     config = begun_config(workdir_text)
     mesh = make_mesh(MeshConfig())
-    execution = config.execution.model_dump(mode="json") | {"mesh": MeshConfig().model_dump()}
+    execution = execution_here(config)
     program = setup.make_program(with_changes(config, {"execution": execution}), mesh)
     after = open_source(workdir_text, "best")
     params = {

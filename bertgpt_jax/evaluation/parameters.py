@@ -13,13 +13,13 @@ from bertgpt_jax.corpus.config import CorpusConfig, HashSplit
 from bertgpt_jax.corpus.reader import MANIFEST, CorpusReader
 from bertgpt_jax.corpus.tokenizer import Tokenizer
 from bertgpt_jax.errors import ConfigError, DataError
-from bertgpt_jax.parallel.mesh import MeshConfig, make_mesh
+from bertgpt_jax.parallel.mesh import make_mesh
 from bertgpt_jax.parallel.sharding import flatten
 from bertgpt_jax.shapes import Params
 from bertgpt_jax.training import setup, storage
 from bertgpt_jax.training.data import make_held_out
 from bertgpt_jax.training.loop import evaluate_stage
-from bertgpt_jax.training.run_config import RunConfig, with_changes
+from bertgpt_jax.training.run_config import RunConfig, execution_here, with_changes
 from bertgpt_jax.transfer.initial import save_tokenizer, user_cache
 from bertgpt_jax.transfer.load import is_workdir, open_source
 from bertgpt_jax.transfer.run_of import run_config, tokenizer_config
@@ -115,7 +115,7 @@ def evaluate_params(
         "batch_ramp": (),
         "length_ramp": (),
     }
-    execution = config.execution.model_dump(mode="json") | {"mesh": MeshConfig().model_dump()}
+    execution = execution_here(config)
     single = {"kind": "single", "path": str(corpus.path), "tokenizer": _setting(config)}
     config = with_changes(config, {"execution": execution, "stages": [fitting], "corpus": single})
     program = setup.make_program(config, make_mesh(config.execution.mesh))

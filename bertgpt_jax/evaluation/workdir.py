@@ -11,12 +11,12 @@ from bertgpt_jax.config import build
 from bertgpt_jax.corpus.mixture import CorpusMixture, open_prepared
 from bertgpt_jax.errors import ConfigError, DataError
 from bertgpt_jax.evaluation.held_out import unigram_masked_loss
-from bertgpt_jax.parallel.mesh import MeshConfig, make_mesh
+from bertgpt_jax.parallel.mesh import make_mesh
 from bertgpt_jax.training import resume, setup, storage
 from bertgpt_jax.training.checkpoint import read_meta, restore
 from bertgpt_jax.training.data import make_held_out
 from bertgpt_jax.training.loop import evaluate_stage
-from bertgpt_jax.training.run_config import RunConfig, with_changes
+from bertgpt_jax.training.run_config import RunConfig, execution_here, with_changes
 from bertgpt_jax.training.status import read_status
 
 
@@ -46,7 +46,7 @@ def evaluate_workdir(
     if tree is None:
         raise ConfigError(f"'{workdir}' is not the workdir of a run: it has no {resume.CONFIG_FILE}")
     config = build(RunConfig, tree, str(workdir / resume.CONFIG_FILE))
-    execution = config.execution.model_dump(mode="json") | {"mesh": MeshConfig().model_dump()}
+    execution = execution_here(config)
     meta = read_meta(workdir, _step(which, read_status(workdir) or {}))
     stage = _find_stage(config, stage_name or meta["stage"])
     devices = jax.device_count()  # rows are frozen whatever the batch, so it may be rounded to what the mesh divides

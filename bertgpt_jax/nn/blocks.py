@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from bertgpt_jax.config import Config
 from bertgpt_jax.nn import sequence
 from bertgpt_jax.nn.attention import REFERENCE, KeyValues, PathChoice, dot_product_attention
-from bertgpt_jax.nn.layers import Einsum, Initializer, LayerNorm, activation, constrain, dropout, dropout_key
+from bertgpt_jax.nn.layers import Einsum, Initializer, LayerNorm, Matmul, activation, constrain, dropout, dropout_key
 from bertgpt_jax.nn.masks import AttentionMask
 from bertgpt_jax.nn.pipeline import Pipeline, run_layers
 from bertgpt_jax.shapes import Array, Hidden, Params
@@ -70,6 +70,11 @@ class ComputeConfig(Config):
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="of activations and matmuls; parameters, norms, softmax and loss stay fp32"
     )
+    matmul: Matmul = Field(
+        default="same",
+        description="products of the layers' linear maps: in dtype, or (fp8) of operands rounded to 8 bits, on GPUs "
+        "that multiply those; for models from 10^9 parameters on, smaller ones get slower",
+    )
     attention: Literal["auto", "reference", "splash", "cudnn", "tokamax"] = Field(
         default="auto",
         description="auto: the platform's fastest path that can serve (tokamax by name only); another one must serve",
@@ -103,7 +108,8 @@ class ComputeConfig(Config):
         default=None, description="compiled for; null: the one jax runs on"
     )
     emulate: bool = Field(
-        default=False, description="attention = splash runs on any platform, emulated: slowly, to check what it gives"
+        default=False,
+        description="attention = splash and matmul = fp8 run on any platform, emulated: slowly, to see what they give",
     )
 
     def compiled_for(self) -> str:
@@ -131,6 +137,7 @@ class Attention(nn.Module):
 
     config: BlockConfig
     choice: PathChoice = REFERENCE
+    matmul: Matmul = "same"
 
     @nn.compact
     def __call__(
@@ -140,7 +147,7 @@ class Attention(nn.Module):
         shape, axes = (c.hidden_size, c.num_heads, c.head_size), ("embed", "heads", "head_dim")
 
         def project(name: str) -> jax.Array:
-            y_BTNH = Einsum("BTD,DNH->BTNH", shape, axes, c.weight_init(), name=name)(x_BTD)
+            y_BTNH = Einsum("BTD,DNH->BTNH", shape, axes, c.weight_init(), matmul=self.matmul, name=name)(x_BTD)
             return constrain(y_BTNH, "batch", "length", "act_heads", None)
 
         q_BTNH, k_BSNH, v_BSNH = project("query"), project("key"), project("value")
@@ -151,7 +158,8 @@ class Attention(nn.Module):
         with jax.named_scope("dot_product_attention"):
             o_BTNH = dot_product_attention(q_BTNH, k_BSNH, v_BSNH, mask, rate, key, self.choice)
         shape, axes = (c.num_heads, c.head_size, c.hidden_size), ("heads", "head_dim", "embed")
-        return Einsum("BTNH,NHD->BTD", shape, axes, c.weight_init(residual=True), name="output")(o_BTNH), cache
+        output = Einsum("BTNH,NHD->BTD", shape, axes, c.weight_init(residual=True), matmul=self.matmul, name="output")
+        return output(o_BTNH), cache
 
 
 class FeedForward(nn.Module):
@@ -165,18 +173,20 @@ class FeedForward(nn.Module):
     config: BlockConfig
     recompute_activation: bool = False
     prevent_cse: bool = True
+    matmul: Matmul = "same"
 
     @nn.compact
     def __call__(self, x_BTD: Hidden) -> Hidden:
         c = self.config
         d, f = c.hidden_size, c.intermediate_size
-        h_BTF = Einsum("BTD,DF->BTF", (d, f), ("embed", "mlp"), c.weight_init(), name="up")(x_BTD)
-        h_BTF = constrain(h_BTF, "batch", "length", "act_mlp")
+        up = Einsum("BTD,DF->BTF", (d, f), ("embed", "mlp"), c.weight_init(), matmul=self.matmul, name="up")
+        h_BTF = constrain(up(x_BTD), "batch", "length", "act_mlp")
         # The activation belongs to the second map, so that recomputing both (the map's own product is not needed
         # again) leaves h_BTF alone in memory; as two functions, the activated array would be kept for the kernel.
         down = nn.remat(Einsum, prevent_cse=self.prevent_cse) if self.recompute_activation else Einsum
         init, before = c.weight_init(residual=True), activation(c.activation)
-        return down("BTF,FD->BTD", (f, d), ("mlp", "embed"), init, before=before, name="down")(h_BTF)
+        shape, axes = (f, d), ("mlp", "embed")
+        return down("BTF,FD->BTD", shape, axes, init, before=before, matmul=self.matmul, name="down")(h_BTF)
 
 
 class Block(nn.Module):
@@ -186,6 +196,7 @@ class Block(nn.Module):
     choice: PathChoice = REFERENCE
     recompute_activation: bool = False
     prevent_cse: bool = True
+    matmul: Matmul = "same"
 
     @nn.compact
     def __call__(
@@ -193,8 +204,8 @@ class Block(nn.Module):
     ) -> tuple[Hidden, KeyValues | None]:
         c = self.config
         x_BTD = checkpoint_name(x_BTD, BLOCK_INPUT)
-        attention = Attention(c, self.choice, name="attention")
-        feed_forward = FeedForward(c, self.recompute_activation, self.prevent_cse, name="feed_forward")
+        attention = Attention(c, self.choice, self.matmul, name="attention")
+        feed_forward = FeedForward(c, self.recompute_activation, self.prevent_cse, self.matmul, name="feed_forward")
         attention_norm = LayerNorm(c.hidden_size, c.norm_eps, name="attention_norm")
         feed_forward_norm = LayerNorm(c.hidden_size, c.norm_eps, name="feed_forward_norm")
 
@@ -227,9 +238,8 @@ def layer_stack(config: BlockConfig, compute: ComputeConfig) -> nn.Module:
         unroll=unroll,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
-    return scan(
-        config, compute.attention_choice(), recompute_activation=compute.remat == "gelu", prevent_cse=unroll > 1
-    )
+    choice, recompute = compute.attention_choice(), compute.remat == "gelu"
+    return scan(config, choice, recompute_activation=recompute, prevent_cse=unroll > 1, matmul=compute.matmul)
 
 
 def _recomputed_block(compute: ComputeConfig, prevent_cse: bool) -> type[nn.Module]:
@@ -250,9 +260,9 @@ def apply_layers(
     """What the layers make of x_BTD: by the `layer_stack` itself, or by a pipeline over its parameters."""
     if pipeline is None or stack.is_initializing():
         return stack(x_BTD, mask)[0]
-    choice = compute.attention_choice()
+    choice, recompute = compute.attention_choice(), compute.remat == "gelu"
     block = _recomputed_block(compute, prevent_cse=False)(
-        config, choice, recompute_activation=compute.remat == "gelu", prevent_cse=False, parent=None
+        config, choice, recompute_activation=recompute, prevent_cse=False, matmul=compute.matmul, parent=None
     )
 
     def second(block: nn.Module, x_BTD: Hidden, mask: AttentionMask) -> Hidden:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from bertgpt_jax.nn import fp8
 from bertgpt_jax.nn.random import bernoulli
 from bertgpt_jax.shapes import Array
 
 Initializer = Callable[..., Array]
+
+Matmul = Literal["same", "fp8"]
+"""The operands of a linear map's product: in its input's dtype, or rounded to 8 bits (`nn.fp8`)."""
 
 
 def constrain(x: Array, *axes: str | None) -> Array:
@@ -33,6 +38,7 @@ class Einsum(nn.Module):
         kernel_init: kernel initializer (a field called `init` would hide `Module.init`).
         use_bias: adds a zero-initialised bias over the kernel's dimensions that reach the output.
         before: applied to x first.
+        matmul: how the product is computed.
     """
 
     equation: str
@@ -41,6 +47,7 @@ class Einsum(nn.Module):
     kernel_init: Initializer
     use_bias: bool = True
     before: Callable[[Array], Array] | None = None
+    matmul: Matmul = "same"
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -51,8 +58,11 @@ class Einsum(nn.Module):
         # jnp.einsum contracts in alphabetical order: BTNH,NHD->BTD would transpose x and copy the kernel in every call.
         contracted = [letter for letter in letters[1] if letter not in letters[2]]
         ends = [[operand.index(letter) - len(operand) for letter in contracted] for operand in letters[:2]]
-        dimensions = ([x.ndim + i for i in ends[0]], [kernel.ndim + i for i in ends[1]])
-        y = jax.lax.dot_general(x, kernel.astype(x.dtype), (dimensions, ((), ())))
+        dimensions = tuple(x.ndim + i for i in ends[0]), tuple(kernel.ndim + i for i in ends[1])
+        if self.matmul == "fp8":
+            y = fp8.dot_general(x, kernel, dimensions)
+        else:
+            y = jax.lax.dot_general(x, kernel.astype(x.dtype), (dimensions, ((), ())))
         if self.use_bias:
             kept = [i for i, letter in enumerate(letters[1]) if letter in letters[2]]
             shape, axes = tuple(self.shape[i] for i in kept), tuple(self.axes[i] for i in kept)

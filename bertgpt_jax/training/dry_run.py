@@ -27,6 +27,7 @@ def describe(config: RunConfig) -> str:
         f"vocabulary {program.config.model.vocab_size:,}"
         + ("" if config.model.vocab_size else " (assumed; the tokenizer decides)"),
         f"mesh         {sizes} on {jax.device_count()} x {jax.devices()[0].device_kind}",
+        *_matmul(program),
         *_pipeline(program),
         *_bytes(program),
         *[line for stage in program.config.stages for line in _stage(program, stage)],
@@ -35,6 +36,13 @@ def describe(config: RunConfig) -> str:
     for name, leaf in flatten(program.abstract_state["params"]).items():
         lines.append(f"  {name:44} {str(leaf.shape):24} {tuple(leaf.sharding.spec)}")
     return "\n".join(lines)
+
+
+def _matmul(program: Program) -> list[str]:
+    compute = program.model.compute
+    emulated = ", emulated where the device has none" if compute.emulate else ""
+    rest = f"the rest in {compute.dtype}"
+    return [f"matmul       fp8: the layers' linear maps{emulated}; {rest}"] if compute.matmul == "fp8" else []
 
 
 def _pipeline(program: Program) -> list[str]:

@@ -235,6 +235,12 @@ def with_changes(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
     return build(RunConfig, config.model_dump(mode="json") | changes, "config")
 
 
+def execution_here(config: RunConfig) -> dict[str, Any]:
+    """How a run's model is evaluated on this machine's devices, which may be others than it was trained on."""
+    execution = config.execution.model_dump(mode="json")
+    return execution | {"mesh": MeshConfig().model_dump(), "compute": execution["compute"] | {"matmul": "same"}}
+
+
 def with_vocabulary(config: RunConfig, vocab_size: int) -> RunConfig:
     """A copy whose model has the tokenizer's vocabulary size where it left it open.
 

@@ -26,6 +26,7 @@ from bertgpt_jax.objectives.base import Objective
 from bertgpt_jax.parallel import context, pipeline, replicas, sharding
 from bertgpt_jax.shapes import PyTree
 from bertgpt_jax.training.data import make_held_out, make_train
+from bertgpt_jax.training.hardware import check_fp8, warn_fp8
 from bertgpt_jax.training.run_config import RunConfig, StageConfig, stage_steps
 from bertgpt_jax.training.step import eval_step, init_state, train_step
 
@@ -153,7 +154,7 @@ def make_program(config: RunConfig, mesh: Mesh) -> Program:
     """The model of a config (vocabulary known) laid out on a mesh; allocates nothing.
 
     Raises:
-        ConfigError: a parameter dimension or a batch that the mesh does not divide.
+        ConfigError: a parameter dimension or a batch that the mesh does not divide; a setting that needs other devices.
     """
     check_batches(config, mesh)
     if config.dropout_prng == "philox" and mesh.size > 1:
@@ -162,6 +163,7 @@ def make_program(config: RunConfig, mesh: Mesh) -> Program:
             "several devices; use threefry, or rbg"
         )
     compute = compute_on(config, mesh)
+    check_fp8(compute, mesh.devices.flat[0])
     for stage in config.stages:
         for segment in stage.ramp().segments:
             name = f"stages.{stage.name}: sequence_length"
@@ -181,6 +183,7 @@ def make_program(config: RunConfig, mesh: Mesh) -> Program:
 
     where = sharding.parameter_shardings(jax.eval_shape(init_params), mesh, config.execution.mesh.logical_axes())
     abstract = jax.eval_shape(init)
+    warn_fp8(compute, sum(leaf.size for leaf in jax.tree.leaves(abstract["params"])))
     lies = state_shardings(config, abstract, where, mesh)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, lies)
     return Program(config, mesh, model, abstract, lambda: sharding.sharded_init(init, lies))

@@ -128,3 +128,10 @@ def test_curves_end_where_they_did(curves, kind: str, technique: str) -> None:
 def test_bfloat16_after_500_steps(curves, kind: str) -> None:
     plain, half = (curves(kind, o, 500).mean() for o in ((), ("execution.compute.dtype=bfloat16",)))
     assert abs(half / plain - 1) < 0.005, (plain, half)
+
+
+@pytest.mark.parametrize("kind", ["gpt", "bert"])
+def test_8_bit_products_cost_at_most_three_per_cent(curves, kind: str) -> None:
+    fp8 = "execution.compute.matmul=fp8", "execution.compute.emulate=true"
+    plain, eight = curves(kind, ()).mean(), curves(kind, fp8).mean()
+    assert plain != eight and abs(eight / plain - 1) < 0.03, (plain, eight)

@@ -35,14 +35,20 @@ def one(runs) -> np.ndarray:
     return fp8(runs, (1, 1, 1))
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 8, 1)], ids=["2,2,2", "1,8,1"])
-def test_a_tensor_in_parts_has_one_scale(runs, one: np.ndarray, shape: tuple[int, int, int]) -> None:
+@pytest.fixture(scope="module")
+def rounding(runs, one: np.ndarray) -> np.ndarray:
+    """What rounding to 8 bits does to losses and gradient norms."""
+    return np.abs(losses(runs, (1, 1, 1), 1) / one - 1).max(0)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), pytest.param((1, 8, 1), marks=pytest.mark.long)], ids=["2,2,2", "1,8,1"])
+def test_a_tensor_in_parts_has_one_scale(runs, one, rounding, shape: tuple[int, int, int]) -> None:
     """A few operands on the border between two 8-bit numbers fall otherwise when sums are taken in another order."""
-    rounding = np.abs(losses(runs, (1, 1, 1), 1) / one - 1).max(0)
     apart = np.abs(fp8(runs, shape) / one - 1).max(0)
     assert (apart < 0.2 * rounding).all(), (apart, rounding)
 
 
-def test_replicas_with_gradients_of_their_own_have_scales_of_their_own(runs, one: np.ndarray) -> None:
-    apart = np.abs(fp8(runs, (2, 2, 2), microbatches=2) / one - 1).max(0)
-    assert (apart < 0.02).all(), apart
+@pytest.mark.long
+def test_replicas_with_gradients_of_their_own_have_scales_of_their_own(runs, rounding) -> None:
+    apart = np.abs(fp8(runs, (2, 2, 2), microbatches=2) / fp8(runs, (1, 1, 1), microbatches=2) - 1).max(0)
+    assert (apart < 2 * rounding).all(), (apart, rounding)

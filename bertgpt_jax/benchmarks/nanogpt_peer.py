@@ -7,6 +7,7 @@ windows that ours is over. It prints `step N held out: loss L`.
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import sys
@@ -90,7 +91,9 @@ def loss_function(
 
 def read(config: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, int]:
     """(train ids, held-out ids, number of characters) of the config's text."""
-    text = Path(config["corpus"]["path"]).read_text("utf-8")
+    path = config["corpus"]["path"]
+    with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8", newline="") as file:
+        text = file.read()
     letters = {letter: i for i, letter in enumerate(sorted(set(text)))}
     ids = np.array([letters[letter] for letter in text], np.int64)
     cut = int(len(ids) * (1 - config["corpus"]["held_out"]["fraction"]))

@@ -22,7 +22,7 @@ from bertgpt_jax.config import Config, load_config, to_json
 from bertgpt_jax.errors import DataError
 from bertgpt_jax.training.run_config import RunConfig
 
-SAMPLE = Path("../shared/data/lm/tinyshakespeare/input.txt")
+SAMPLE = Path("../shared/data/lm/tinyshakespeare/input.txt.gz")
 _HELD_OUT = re.compile(r"^step ([\d,]+) held out: loss ([\d.]+|nan)")
 Name = Literal["ours", "eager", "compile"]
 

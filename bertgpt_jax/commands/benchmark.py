@@ -14,6 +14,7 @@ from typing import Any
 
 from bertgpt_jax.commands.common import add_platform, check_platform, command_parser, run_command, select_platform
 from bertgpt_jax.errors import DataError, MachineBusy, UsageError
+from bertgpt_jax.training.heap import keep_freed_memory
 
 UNTIMED = frozenset({"hlo", "memory_ladder"})
 """Benchmarks that measure no time, and no accelerator either: others may use the machine."""
@@ -76,6 +77,8 @@ def _benchmark(args: argparse.Namespace) -> int:
     select_platform("cpu" if args.name in ON_CPU | UNTIMED else args.platform)
     if on_gpu:
         share_gpu()
+    else:
+        keep_freed_memory()  # as every run on CPUs does; peers in this process have it too
     module = importlib.import_module(f"bertgpt_jax.benchmarks.{args.name}")
     settings = apply_overrides(module.Settings(), args.settings)
     if args.print_settings:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from bertgpt_jax.commands.common import add_platform, check_platform, command_parser, run_command, select_platform
 from bertgpt_jax.errors import UsageError
+from bertgpt_jax.training.heap import keep_freed_memory
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,7 +32,8 @@ def _evaluate(args: argparse.Namespace) -> int:
         raise UsageError(f"--batches {args.batches}: must be at least 1")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     select_platform(args.platform)
-    check_platform(args.platform)
+    if check_platform(args.platform) == "cpu":
+        keep_freed_memory()
     from bertgpt_jax.evaluation.parameters import evaluate_source, is_run
     from bertgpt_jax.evaluation.workdir import evaluate_workdir
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from bertgpt_jax.commands.common import add_platform, check_platform, command_parser, run_command, select_platform
 from bertgpt_jax.errors import ConfigError, DataError, StorageError, UsageError
+from bertgpt_jax.training.heap import keep_freed_memory
 
 if TYPE_CHECKING:
     from bertgpt_jax.generation.continuation import Continuation
@@ -66,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _generate(args: argparse.Namespace) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     select_platform(args.platform)
-    check_platform(args.platform)
+    if check_platform(args.platform) == "cpu":
+        keep_freed_memory()
     _check(args)
     from bertgpt_jax.generation.decode import GptDecoder
     from bertgpt_jax.transfer.load import open_source

@@ -86,7 +86,7 @@ class Settings(Config):
     ladders: tuple[Literal["gpt2", "bert_base"], ...] = Field(default=("gpt2", "bert_base"), min_length=1)
     steps: int = Field(default=30, ge=2, description="timed, of each rung")
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    minutes: float = Field(default=2.5, gt=0, description="no rung is begun later than this")
+    minutes: float = Field(default=3.0, gt=0, description="no rung is begun later than this")
     trial: Trial = Trial()
 
 
@@ -115,7 +115,8 @@ def run(settings: Settings) -> Result:
             taken = found[rung.name].pop("times", None)
             if taken is not None:
                 times[f"{name}: {rung.name}"] = summary({"ours": taken}, WARMUP)
-        rows += rows_of(f"{case.label} T={case.length} B={case.rows}", LADDERS[name], found, held)
+        label = case.label if settings.trial.is_full else f"trial of {name},"
+        rows += rows_of(f"{label} T={case.length} B={case.rows}", LADDERS[name], found, held)
         facts[name] = found
     return Result(tuple(rows), times, facts=facts)
 

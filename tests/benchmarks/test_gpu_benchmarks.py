@@ -278,7 +278,7 @@ def test_peers_train_as_we_do(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parity
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gpt2_xl", "bert_large"])
+@pytest.mark.parametrize("name", ["gpt2_xl", pytest.param("bert_large", marks=pytest.mark.long)])
 def test_peers_compiled_layer_by_layer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch", reason="torch is not installed; pip install -e '.[parity]'")
     pytest.importorskip("transformers", reason="transformers is not installed; pip install -e '.[parity]'")

@@ -37,6 +37,7 @@ class Compiled:
         fits: whether it compiled and has room.
         collectives: of one step; empty if it did not compile.
         attention: fused attention kernels of one step, forward and backward.
+        fp8: products of 8-bit operands that cuBLASLt computes; those in a loop's body count once.
     """
 
     trace_seconds: float
@@ -48,6 +49,7 @@ class Compiled:
     fits: bool
     collectives: tuple[Collective, ...]
     attention: tuple[int, int]
+    fp8: int
 
     def sent(self) -> dict[str, float]:
         """Bytes that a device sends along each mesh axis; those over several axes are shared out among them."""
@@ -127,7 +129,7 @@ def compile_here(job: Mapping[str, Any]) -> dict[str, Any]:
         return {"refused": str(error)}
     traced = time.perf_counter()
     result = {"trace_seconds": traced - begun, "arguments": 0, "temporaries": 0, "outputs": 0}
-    result |= {"collectives": [], "attention": (0, 0)}
+    result |= {"collectives": [], "attention": (0, 0), "fp8": 0}
     try:
         program = lowered.step.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -149,6 +151,7 @@ def compile_here(job: Mapping[str, Any]) -> dict[str, Any]:
         "fits": needed <= place.chip.usable_bytes,
         "collectives": [dataclasses.asdict(one) for one in found],
         "attention": attention_kernels(text),
+        "fp8": text.count('custom_call_target="__cublas$lt$matmul$f8"'),
     }
 
 

@@ -212,10 +212,10 @@ def test_rounding_shows(reference) -> None:
 @pytest.mark.parametrize(
     ("remat", "unroll"),
     [
-        ("none", True),
+        pytest.param("none", True, marks=pytest.mark.slow),
         pytest.param("gelu", False, marks=pytest.mark.slow),
-        pytest.param("dots", False, marks=pytest.mark.slow),
-        pytest.param("full", 2, marks=pytest.mark.slow),
+        pytest.param("dots", False, marks=pytest.mark.long),
+        pytest.param("full", 2, marks=pytest.mark.long),
     ],
 )
 def test_recomputed_and_unrolled_it_is_the_same(reference, remat: str, unroll: bool | int) -> None:

@@ -65,6 +65,18 @@ def test_attention_of_pairs_is_fused_on_eight(packed: bool) -> None:
     assert not [one for one in found.collectives if one.kind == "all-gather"], found.collectives
 
 
+@pytest.mark.parametrize(
+    ("unroll", "place"),
+    [(False, "h200:8"), pytest.param(True, "h200:1", marks=pytest.mark.slow)],
+    ids=["scanned on 8", "unrolled"],
+)
+def test_every_linear_map_multiplies_8_bits(unroll: bool, place: str) -> None:
+    """Forward, and in both of its gradients: query, key, value, output, up and down."""
+    model = GptConfig(**SMALL, max_positions=512)
+    found = compiled(model, CausalLM(), 512, 16, place, matmul="fp8", unroll_layers=unroll)
+    assert found.fp8 == 6 * 3 * (model.num_layers if unroll else 1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("objective", "compute", "seen"),

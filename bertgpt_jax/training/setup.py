@@ -171,8 +171,10 @@ def make_program(config: RunConfig, mesh: Mesh) -> Program:
     model = make_model(config.model, compute, pipeline_on(config, mesh))
     first = config.stages[0]
     rows = config.objective.abstract_batch(1, first.sequence_length)
-    # What a kernel would prepare for a long sequence takes minutes, and parameters do not depend on it.
-    plain = make_model(config.model, build(ComputeConfig, compute.model_dump() | {"attention": "reference"}, "compute"))
+    # What a kernel would prepare for a long sequence takes minutes, a copy of the program for every layer seconds, and
+    # parameters depend on neither.
+    scanned = {"attention": "reference", "unroll_layers": False, "remat": "none"}
+    plain = make_model(config.model, build(ComputeConfig, compute.model_dump() | scanned, "compute"))
 
     def init_params() -> PyTree:
         batch = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), rows)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 from collections.abc import Mapping
-from typing import Protocol
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol
 
 from etils import epath
 
@@ -34,20 +35,37 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Event files in a local workdir; events of later steps of a killed run are hidden, as its rows are dropped."""
+    """Event files in a local workdir; events of later steps of a killed run are hidden, as its rows are dropped.
+
+    A thread of its own writes them: importing tensorboardX imports torch where that is installed, for seconds.
+    """
 
     def __init__(self, workdir: epath.Path, restored_step: int | None):
-        from tensorboardX import SummaryWriter
-
+        self._thread = ThreadPoolExecutor(1, "tensorboard")
         purge = None if restored_step is None else restored_step + 1
-        self._writer = SummaryWriter(logdir=str(workdir), purge_step=purge)
+        self._writer = self._thread.submit(_event_writer, str(workdir), purge)
+        self._last: Future[None] = self._writer
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Raises what went wrong with values before."""
+        if self._last.done():
+            self._last.result()
+        self._last = self._thread.submit(self._add, step, dict(values))
+
+    def _add(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+            self._writer.result().add_scalar(name, value, step)
 
     def close(self) -> None:
-        self._writer.close()
+        self._thread.shutdown()
+        self._writer.result().close()
+        self._last.result()
+
+
+def _event_writer(directory: str, purge_step: int | None) -> Any:
+    from tensorboardX import SummaryWriter
+
+    return SummaryWriter(logdir=directory, purge_step=purge_step)
 
 
 class WeightsAndBiases:

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import glob
 import importlib.util
+import logging
 import os
 import sys
 import traceback
@@ -68,6 +69,7 @@ def run_command(
     A `UserError` is one line on stderr (`--debug` adds its traceback). Anything unexpected keeps its traceback.
     """
     debug = "--debug" in (sys.argv[1:] if argv is None else argv)
+    _show_log()
     try:
         return function(parser.parse(argv)) or 0
     except UserError as error:
@@ -88,6 +90,30 @@ def run_command(
             file=sys.stderr,
         )
         return INTERNAL_ERROR
+
+
+def _show_log() -> None:
+    """What the package logs goes to stderr as plain lines, warnings as such; other packages' warnings too."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Plain())
+    handler.addFilter(_is_news)
+    logging.basicConfig(handlers=[handler])  # does nothing where someone else has seen to it
+    logging.getLogger("bertgpt_jax").setLevel(logging.INFO)
+
+
+class _Plain(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return f"{record.levelname.lower()}: {text}" if record.levelno >= logging.WARNING else text
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Choices are the same in every process: the first one tells them."""
+    if record.levelno >= logging.WARNING or "jax" not in sys.modules:
+        return True
+    from bertgpt_jax.training.processes import is_primary
+
+    return is_primary()
 
 
 def _report(error: Exception, code: int, debug: bool) -> int:

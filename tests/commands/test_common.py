@@ -238,3 +238,25 @@ def test_selecting_before_jax_is_imported_decides(repository: Path, platform: st
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=repository, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == runs_on
+
+
+_LOGGING = """
+import logging
+from bertgpt_jax.commands.common import command_parser, run_command
+
+def tell(args):
+    import bertgpt_jax.training.run  # and with it all that sets up logging on its own
+    logging.getLogger("bertgpt_jax.nn").info("attention: splash")
+    logging.getLogger("bertgpt_jax.nn").warning("a step was skipped")
+    logging.getLogger("elsewhere").info("chatter")
+    logging.getLogger("elsewhere").warning("disk is slow")
+
+raise SystemExit(run_command(tell, command_parser("tell", "tells"), []))
+"""
+
+
+def test_what_is_logged_is_shown_as_plain_lines() -> None:
+    """In a process of its own: here pytest has its own ideas of logging."""
+    done = subprocess.run([sys.executable, "-c", _LOGGING], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0
+    assert done.stderr.splitlines() == ["attention: splash", "warning: a step was skipped", "warning: disk is slow"]

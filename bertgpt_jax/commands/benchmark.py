@@ -12,7 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bertgpt_jax.commands.common import add_platform, check_platform, command_parser, run_command, select_platform
+from bertgpt_jax.commands.common import (
+    add_platform,
+    check_outputs,
+    check_platform,
+    command_parser,
+    run_command,
+    select_platform,
+)
 from bertgpt_jax.errors import DataError, MachineBusy, UsageError
 from bertgpt_jax.training.heap import keep_freed_memory
 
@@ -72,6 +79,7 @@ def _benchmark(args: argparse.Namespace) -> int:
         return 0
     if args.name not in BENCHMARKS:
         raise UsageError(f"benchmark '{args.name or ''}' is unknown; known: {', '.join(BENCHMARKS)}")
+    check_outputs(args.json)
     on_gpu = args.name in ON_GPU
     harness.use_cpus((0 if on_gpu else 2) if args.cpus is None else args.cpus)
     select_platform("cpu" if args.name in ON_CPU | UNTIMED else args.platform)
@@ -98,7 +106,6 @@ def _benchmark(args: argparse.Namespace) -> int:
         result = module.run(settings)
     found = harness.document(args.name, settings.model_dump(mode="json"), result, watch if timed else around)
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     _report(found, args, time.perf_counter() - begun)
     return 0

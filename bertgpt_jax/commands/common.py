@@ -58,6 +58,21 @@ def add_platform(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check_outputs(*files: Path | None) -> None:
+    """Makes the directories of files to be written; for before hours of work whose result would find no place.
+
+    Raises:
+        StorageError: a file cannot be written there.
+    """
+    for file in filter(None, files):
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"'{file}' cannot be written: {error.strerror}: '{error.filename}'") from None
+        if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+            raise StorageError(f"'{file}' cannot be written: it is a directory or not yours; name another")
+
+
 # ---------------------------------------------------------------- running
 
 

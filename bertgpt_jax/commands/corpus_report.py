@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bertgpt_jax.commands.common import command_parser, run_command, select_platform
+from bertgpt_jax.commands.common import check_outputs, command_parser, run_command, select_platform
 from bertgpt_jax.errors import UsageError
 
 _EPILOG = """\
@@ -42,14 +42,13 @@ def _report(args: argparse.Namespace) -> int:
             raise UsageError(f"--{name} {getattr(args, name)}: must be at least {least}")
     if args.out is not None and args.out.suffix != ".png":
         raise UsageError(f"--out '{args.out}' must end in .png")
+    check_outputs(args.json, args.out)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     select_platform("cpu")
     from bertgpt_jax.evaluation import corpus_report
 
     report = _make(args)
     print("\n".join(corpus_report.lines(report)))
-    for path in filter(None, (args.json, args.out)):
-        path.parent.mkdir(parents=True, exist_ok=True)
     if args.json:
         args.json.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", "utf-8")
     if args.out:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bertgpt_jax.commands.common import command_parser, run_command, select_platform
+from bertgpt_jax.commands.common import check_outputs, command_parser, run_command, select_platform
 from bertgpt_jax.errors import ConfigError, UsageError
 
 _DESCRIPTION = """\
@@ -55,6 +55,7 @@ def _plan(args: argparse.Namespace) -> int:
         raise UsageError("--search chooses the mesh and compiles; leave --mesh and --no-compile out")
     if args.png and Path(args.png).suffix != ".png":
         raise UsageError(f"--png '{args.png}' must end in .png")
+    check_outputs(*(Path(name) for name in (args.json, args.png) if name not in (None, "-")))
     if args.table:
         return _table(args)
     if args.config and args.weak_scaling:

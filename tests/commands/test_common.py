@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import io
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -260,3 +262,29 @@ def test_what_is_logged_is_shown_as_plain_lines() -> None:
     done = subprocess.run([sys.executable, "-c", _LOGGING], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0
     assert done.stderr.splitlines() == ["attention: splash", "warning: a step was skipped", "warning: disk is slow"]
+
+
+def test_files_that_cannot_be_written_are_refused_beforehand(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    common.check_outputs(None, tmp_path / "made" / "x.json", tmp_path / "file")
+    assert (tmp_path / "made").is_dir() and not (tmp_path / "made" / "x.json").exists()
+    for wrong in (tmp_path / "file" / "x.json", tmp_path / "made"):
+        with pytest.raises(errors.StorageError, match=f"'{wrong}' cannot be written"):
+            common.check_outputs(wrong)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("benchmark", "flops", "--json", "{}"),
+        ("plan", "gpt/gpt2", "--topology", "v5e:4x4", "--json", "{}"),
+        ("plan", "gpt/gpt2", "--topology", "v5e:4x4", "--png", "{}.png"),
+        ("corpus_report", "bert/base", "--json", "{}"),
+    ],
+)
+def test_no_command_works_for_a_file_that_has_no_place(command: tuple, tmp_path: Path, capsys) -> None:
+    (tmp_path / "file").write_text("")
+    name, *arguments = (part.format(tmp_path / "file" / "x") for part in command)
+    begun = time.monotonic()
+    assert importlib.import_module(f"bertgpt_jax.commands.{name}").main(arguments) == errors.StorageError.exit_code
+    assert "cannot be written" in capsys.readouterr().err and time.monotonic() - begun < 5

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from bertgpt_jax.training import heap
+
 DEVICES = 8
 
 
@@ -42,6 +44,9 @@ def _prepare_environment() -> None:
 
 
 _prepare_environment()
+
+# Runs change malloc for the life of their process; this one goes on to compile hundreds of programs.
+heap.keep_freed_memory = lambda: None
 
 # The same examples in every run, and no verdict on how long one takes: the machines that run this are small and busy.
 settings.register_profile("repeatable", deadline=None, derandomize=True)

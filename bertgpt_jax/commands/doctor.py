@@ -34,6 +34,7 @@ EXTRAS = {
     "zh": ("jieba", "words of Chinese text"),
     "stablehlo": ("flatbuffers", "exporting compiled programs"),
     "viz": ("matplotlib", "plots"),
+    "tokamax": ("tokamax", "execution.compute.attention=tokamax, on Python 3.12 and later"),
     "wandb": ("wandb", "logging to Weights & Biases"),
     "test": ("pytest_timeout", "the tests"),
     "parity": ("torch", "comparing with other implementations"),

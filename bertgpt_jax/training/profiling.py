@@ -60,7 +60,10 @@ class Profiler:
             self._asked = False
             with self._warning():
                 self._directory = tempfile.TemporaryDirectory(prefix="bertgpt-profile-")
-                jax.profiler.start_trace(self._directory.name)
+                options = jax.profiler.ProfileOptions()
+                # following Python's calls in threads that come and go (files, batches, TensorBoard) may crash the run
+                options.python_tracer_level = 0
+                jax.profiler.start_trace(self._directory.name, profiler_options=options)
                 self._first, self._last = step, step
 
     def after(self, step: int, metrics: Any) -> None:

@@ -64,6 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything that was measured there")
     parser.add_argument("--allow-loaded", action="store_true", help="measure on a busy machine too, and say so")
     parser.add_argument("--cpus", type=int, help="CPUs to use (0: all of them; default 2, and all beside accelerators)")
+    parser.add_argument(
+        "--keep-freed-memory",
+        action="store_true",
+        help="malloc keeps it in this process, for all sides, as in training runs on CPUs (default: as usual)",
+    )
     parser.add_argument("--print-settings", action="store_true", help="show the benchmark's settings and stop")
     parser.add_argument("--table", nargs="*", type=Path, metavar="FILE", help="Markdown rows of results; no measuring")
     add_platform(parser)
@@ -85,8 +90,8 @@ def _benchmark(args: argparse.Namespace) -> int:
     select_platform("cpu" if args.name in ON_CPU | UNTIMED else args.platform)
     if on_gpu:
         share_gpu()
-    else:
-        keep_freed_memory()  # as every run on CPUs does; peers in this process have it too
+    elif args.keep_freed_memory:
+        keep_freed_memory()
     module = importlib.import_module(f"bertgpt_jax.benchmarks.{args.name}")
     settings = apply_overrides(module.Settings(), args.settings)
     if args.print_settings:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from bertgpt_jax.nn import cudnn_packed
-from bertgpt_jax.nn.masks import AttentionMask
+from bertgpt_jax.nn.masks import AttentionMask, untellable
 from bertgpt_jax.shapes import Heads
 
 
@@ -39,17 +39,11 @@ def obstacles(
         found.append(f"the mesh splits the sequence into {shards}, and jax has no public way to tell cuDNN")
     if dropping:
         found.append("jax has no public dropout of attention probabilities there (set model.attention_dropout=0)")
-    if mask.allowed_BNTS is not None or mask.prefix_B is not None:
-        found.append("the mask is an explicit array or has a prefix")
-    if mask.q_positions_BT is not None or mask.kv_positions_BS is not None:
-        found.append("the mask compares given positions, not places in the row")
     if _packed(mask):
         found += cudnn_packed.obstacles(q_shape, kv_length, mask)
     if mask.window is not None and not mask.causal:
         found.append("the window looks both ways")
-    if mask.causal and q_shape[1] != kv_length:
-        found.append(f"causal attention of {q_shape[1]} queries to {kv_length} keys")
-    return found
+    return found + untellable(mask, q_shape[1], kv_length)
 
 
 def cudnn_attention(q_BTNH: Heads, k_BSNH: Heads, v_BSNH: Heads, mask: AttentionMask) -> Heads:

@@ -61,6 +61,18 @@ class AttentionMask:
         return allowed
 
 
+def untellable(mask: AttentionMask, q_length: int, kv_length: int) -> list[str]:
+    """What of a mask no kernel can be told that knows causality and the lengths of rows alone: a sentence each."""
+    found = []
+    if mask.allowed_BNTS is not None or mask.prefix_B is not None:
+        found.append("the mask is an explicit array or has a prefix")
+    if mask.q_positions_BT is not None or mask.kv_positions_BS is not None:
+        found.append("the mask compares given positions, not places in the row")
+    if mask.causal and q_length != kv_length:
+        found.append(f"causal attention of {q_length} queries to {kv_length} keys")
+    return found
+
+
 def causal_mask(segments_BT: Array | None = None, max_segments: int | None = None) -> AttentionMask:
     """Each position sees itself and what precedes it in the row, document boundaries ignored (GPT-2, GPT-3).
 

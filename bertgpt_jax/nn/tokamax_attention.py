@@ -10,7 +10,7 @@ import importlib.util
 import jax.numpy as jnp
 
 from bertgpt_jax.nn.by_device import on_each_device
-from bertgpt_jax.nn.masks import AttentionMask
+from bertgpt_jax.nn.masks import AttentionMask, untellable
 from bertgpt_jax.shapes import Array, Heads
 
 
@@ -31,15 +31,11 @@ def obstacles(
         found.append(f"the mesh splits the sequence into {shards}")
     if dropping:
         found.append("it has no dropout of attention probabilities (set model.attention_dropout=0)")
-    if mask.allowed_BNTS is not None or mask.prefix_B is not None or mask.window is not None:
-        found.append("the mask is an explicit array or has a prefix or a window")
-    if mask.q_positions_BT is not None or mask.kv_positions_BS is not None:
-        found.append("the mask compares given positions, not places in the row")
+    if mask.window is not None:
+        found.append("the mask has a window")
     if mask.q_segments_BT is not None and mask.lengths_B is None:
         found.append("rows hold several segments")
-    if mask.causal and q_shape[1] != kv_length:
-        found.append(f"causal attention of {q_shape[1]} queries to {kv_length} keys")
-    return found
+    return found + untellable(mask, q_shape[1], kv_length)
 
 
 def tokamax_attention(q_BTNH: Heads, k_BSNH: Heads, v_BSNH: Heads, mask: AttentionMask) -> Heads:

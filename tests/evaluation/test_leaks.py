@@ -89,7 +89,7 @@ def test_nothing_leaks_through_splash(case: str) -> None:
 
 @pytest.mark.slow
 def test_a_leak_through_splash_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(masked_lm, "segment_mask", lambda segments, packed: AttentionMask())
+    monkeypatch.setattr(masked_lm, "segment_mask", lambda segments, packed, max_segments: AttentionMask())
     (leak,) = check("masked", splash_model("masked"), LANES, trials=1)
     assert leak.outputs and leak.gradients and leak.losses and leak.reached
 
@@ -97,14 +97,14 @@ def test_a_leak_through_splash_is_found(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.slow
 def test_a_mask_that_ignores_segments_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """The others of the row see the perturbed segment, in whichever direction the mask lets them; other rows do not."""
-    monkeypatch.setattr(masked_lm, "segment_mask", lambda segments, packed: AttentionMask())
+    monkeypatch.setattr(masked_lm, "segment_mask", lambda segments, packed, max_segments: AttentionMask())
     for leak in check("masked"):
         row, segment = leak.perturbed
         others = {s for s in np.unique(batch_of(CASES["masked"][1])["segments"][row]).tolist() if s != segment}
         assert set(leak.outputs) == {(row, s) for s in others}
         assert {r for r, _ in leak.gradients} == {row} and leak.losses and leak.reached and bool(leak)
 
-    monkeypatch.setattr(causal_lm, "causal_mask", lambda segments: AttentionMask(causal=True))
+    monkeypatch.setattr(causal_lm, "causal_mask", lambda segments, max_segments: AttentionMask(causal=True))
     found = check("causal")
     assert all(leak for leak in found)
     for leak in found:

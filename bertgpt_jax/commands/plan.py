@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 from collections.abc import Sequence
@@ -16,6 +17,10 @@ _DESCRIPTION = """\
 Compiles the real train step of every stage for the named place, without its hardware, and predicts the time of a step,
 of the run, and its cost. Places: v5p:8x8x16, v5e:4x4, v6e:16x16, v4:8x8x8, cloud names (v5p-512, v5litepod-256, v4-32),
 h200:8, cpu:8. Ends with 78 if it does not fit, saying what would."""
+
+
+SHOWN = 10
+"""Layouts of a search that are shown."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,27 +63,31 @@ def _plan(args: argparse.Namespace) -> int:
     check_outputs(*(Path(name) for name in (args.json, args.png) if name not in (None, "-")))
     if args.table:
         return _table(args)
-    if args.config and args.weak_scaling:
-        return _weak_scaling(args)
+    if args.weak_scaling:
+        if args.search or args.mesh or args.topology or args.png or args.price is not None:
+            raise UsageError("--weak-scaling names its own places, and goes with --json alone")
+        if args.config:
+            return _weak_scaling(args)
     if not args.config or not args.topology:
         raise UsageError("give CONFIG and --topology PLACE, e.g. gpt/gpt2 --topology v5e:4x4; see --help")
     place = places.parse(args.topology, args.slices)
     config = load_config(args.config, RunConfig, args.overrides)
     if not args.no_compile:
         check_compiler(place)
+    ranked = []
     if args.search:
+        if args.json != "-":
+            print(f"ranking layouts for {place.describe()}, then compiling the best ...", flush=True)
         ranked, plans = search(config, place, args.compile_best, args.price)
         if args.json != "-":
-            _print_ranking(ranked)
-        if not plans:
-            raise ConfigError("none of the best candidates fits as compiled; raise --compile-best or take more chips")
+            _print_ranking(ranked, place)
         plan: Plan = plans[0]
     else:
         prepared = prepare(config, place, parse_mesh(args.mesh) if args.mesh else None)
         if args.json != "-":
             print(f"compiling for {place.describe()} ..." if not args.no_compile else place.describe(), flush=True)
         plan = make_plan(prepared, compiling=not args.no_compile, price=args.price)
-    _show(args, plan)
+    _show(args, plan, ranked)
     if not plan.fits:
         raise ConfigError(advice(prepared, plan))
     return 0
@@ -87,6 +96,8 @@ def _plan(args: argparse.Namespace) -> int:
 def _weak_scaling(args: argparse.Namespace) -> int:
     from bertgpt_jax.config import load_config
     from bertgpt_jax.planning import places, scaling
+    from bertgpt_jax.planning.published import calibration_error
+    from bertgpt_jax.planning.report import error_text
     from bertgpt_jax.training.run_config import RunConfig
 
     found = []
@@ -96,17 +107,21 @@ def _weak_scaling(args: argparse.Namespace) -> int:
             raise UsageError(f"--weak-scaling '{text}' is not PLACE*SLICES, e.g. v5e:16x16*4")
         found.append(places.parse(name, int(slices or 1)))
     points = scaling.weak_scaling(load_config(args.config, RunConfig, args.overrides), found)
+    tree = json.dumps({"calibration_error": calibration_error(), "points": scaling.as_json(points)})
     if args.json == "-":
-        print(json.dumps(scaling.as_json(points)))
+        print(tree)
         return 0
+    if args.json:
+        Path(args.json).write_text(tree + "\n")
     print(scaling.markdown(f"{args.config}: {points[0].rows / found[0].chips:g} rows a chip", points))
     for name, known in scaling.published_scaling((1, 2, 4, 8, 16, 32)) if found[0].chip.name == "v5e" else ():
         print("\n" + scaling.markdown(f"{name} on slices of v5e-256, beside what MaxText published", known))
+    print(f"\ntimes are {error_text(*found)}" + (f"; numbers in {args.json}" if args.json else ""))
     return 0
 
 
 def _table(args: argparse.Namespace) -> int:
-    from bertgpt_jax.planning import report
+    from bertgpt_jax.planning import places, report
 
     trees: list[dict[str, Any]] = []
     for name in args.table:
@@ -117,6 +132,7 @@ def _table(args: argparse.Namespace) -> int:
             raise UsageError(f"--table '{name}' is no JSON; give what --json wrote") from None
     plans = [(f"{tree['config']} {' '.join(tree.get('overrides', []))}".strip(), tree) for tree in trees]
     print(report.markdown(plans))
+    print(f"\ntimes are {report.error_text(*{places.parse(tree['topology']) for _, tree in plans})}")
     if args.png:
         report.draw(
             [(f"{label.split()[0]}, {tree['chips']:,} {tree['topology']}", tree) for label, tree in plans],
@@ -125,16 +141,21 @@ def _table(args: argparse.Namespace) -> int:
     return 0
 
 
-def _print_ranking(ranked: list, most: int = 10) -> None:
-    print(f"{len(ranked)} layouts fit by the model; the fastest:")
-    for candidate in ranked[:most]:
+def _print_ranking(ranked: list, place) -> None:
+    from bertgpt_jax.planning.report import error_text
+
+    print(f"{len(ranked)} layouts fit by the model; the fastest (times {error_text(place)}):")
+    for candidate in ranked[:SHOWN]:
         print(f"  {candidate.seconds:8.4g} s {candidate.bytes_per_device / 2**30:7.2f} GiB  {candidate.describe()}")
 
 
-def _show(args: argparse.Namespace, plan) -> None:
+def _show(args: argparse.Namespace, plan, ranked: Sequence) -> None:
     from bertgpt_jax.planning import report
 
     tree = {"config": args.config, "overrides": args.overrides} | report.as_json(plan)
+    if ranked:
+        best = ranked[:SHOWN]
+        tree["ranking"] = [dataclasses.asdict(c) | {"shards": c.shards._asdict()} for c in best]
     if args.json == "-":
         print(json.dumps(tree))
     else:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 
 from bertgpt_jax.parallel.mesh import AXES
 from bertgpt_jax.planning.places import Place
@@ -18,11 +20,11 @@ def axis_bandwidth(place: Place, shards: Shards, dcn_fsdp: int = 1) -> dict[str,
     Args:
         dcn_fsdp: slices that the second axis spans; the first spans the others.
     """
-    sizes = list(shards)
-    sizes[0] //= place.slices // dcn_fsdp
-    sizes[1] //= dcn_fsdp
+    sizes = _in_slice(place, shards, dcn_fsdp)
     if not place.chip.torus:
-        return dict(zip(AXES, _switched(place, sizes), strict=True))
+        far, chip = over_network(place, shards, dcn_fsdp), place.chip
+        speed = {a: chip.dcn_bandwidth if a in far else chip.link_bandwidth for a in AXES}
+        return {a: speed[a] if n > 1 else math.inf for a, n in zip(AXES, sizes, strict=True)}
     found: dict[str, float] = {}
     free = list(place.sides)
     for axis, size in reversed(list(zip(AXES, sizes, strict=True))):
@@ -30,6 +32,19 @@ def axis_bandwidth(place: Place, shards: Shards, dcn_fsdp: int = 1) -> dict[str,
         links = sum(2 if whole and place.chip.ring and side % place.chip.ring == 0 else 1 for side, whole in taken)
         found[axis] = place.chip.link_bandwidth * links if taken else math.inf
     return found
+
+
+def over_network(place: Place, shards: Shards, dcn_fsdp: int = 1) -> tuple[str, ...]:
+    """Axes whose collectives leave the host inside a slice; none where a torus joins all hosts."""
+    if place.chip.torus:
+        return ()
+    sizes = _in_slice(place, shards, dcn_fsdp)
+    reach = dict(zip(reversed(AXES), itertools.accumulate(reversed(sizes), operator.mul), strict=True))
+    return tuple(a for a, n in zip(AXES, sizes, strict=True) if n > 1 and reach[a] > place.chip.chips_per_host)
+
+
+def _in_slice(place: Place, shards: Shards, dcn_fsdp: int) -> Shards:
+    return shards._replace(data=shards.data // (place.slices // dcn_fsdp), fsdp=shards.fsdp // dcn_fsdp)
 
 
 def _sides_for(free: list[int], size: int) -> list[tuple[int, bool]]:
@@ -54,13 +69,3 @@ def _sides_for(free: list[int], size: int) -> list[tuple[int, bool]]:
             free[i] //= part
             left //= part
     return taken
-
-
-def _switched(place: Place, sizes: list[int]) -> list[float]:
-    """GPUs: an axis that fits into a host with all axes inside it runs over its switch, others over the network."""
-    inside, found = 1, []
-    for size in reversed(sizes):
-        inside *= size
-        within = inside <= place.chip.chips_per_host
-        found.append(math.inf if size == 1 else place.chip.link_bandwidth if within else place.chip.dcn_bandwidth)
-    return found[::-1]

@@ -72,7 +72,10 @@ def held_bytes(tree: PyTree, sizes: Mapping[str, int]) -> int:
         for i, axes in enumerate(leaf.sharding.spec):
             parts = math.prod(sizes[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
             if shape[i] % parts:
-                raise ConfigError(f"{name}: size {shape[i]} of dimension {i} is not divisible by {axes} = {parts}")
+                raise ConfigError(
+                    f"{name}: size {shape[i]} of dimension {i} is not divisible by mesh {axes} = {parts}; use a mesh "
+                    f"that divides it, or size {-(-shape[i] // parts) * parts}"
+                )
             shape[i] //= parts
         total += math.prod(shape) * leaf.dtype.itemsize
     return total
@@ -89,7 +92,7 @@ def given_bytes(shards: Shards, state: Mapping[str, Any], batch: Mapping[str, An
         ConfigError: a dimension that the mesh does not divide.
     """
     sizes = dict(zip(AXES, shards, strict=True))
-    rows = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(dict(batch))) // shards.rows
+    rows = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(dict(batch))) // shards.batch
     return held_bytes(state["params"], sizes), held_bytes(state["optimizer"], sizes), rows
 
 

@@ -67,7 +67,8 @@ class Place:
 
     def describe(self) -> str:
         """`1,024 chips v5p, torus 8x8x16 (v5p-2048), 256 hosts`."""
-        shape = f"torus {'x'.join(map(str, self.sides))} ({self.cloud_name})" if self.chip.torus else "one switch"
+        switched = "one switch" if self.hosts == self.slices else "a switch in each host"
+        shape = f"torus {'x'.join(map(str, self.sides))} ({self.cloud_name})" if self.chip.torus else switched
         several = f", {self.slices} slices of {self.slice_chips:,}" if self.slices > 1 else ""
         return f"{self.chips:,} chips {self.chip.name}{several}, {shape}, {self.hosts:,} hosts"
 

@@ -13,6 +13,7 @@ from bertgpt_jax.config import build
 from bertgpt_jax.errors import ConfigError
 from bertgpt_jax.parallel import context
 from bertgpt_jax.parallel.mesh import AXES, MeshConfig, make_mesh
+from bertgpt_jax.parallel.sharding import axis_size
 from bertgpt_jax.planning.compiled import Compiled, compile_step
 from bertgpt_jax.planning.memory import Memory, given_bytes, memory
 from bertgpt_jax.planning.places import Place
@@ -21,7 +22,14 @@ from bertgpt_jax.planning.work import Shards, Work, work_of
 from bertgpt_jax.shapes import PyTree
 from bertgpt_jax.training.ahead import ASSUMED_ROWS, assume_vocabulary
 from bertgpt_jax.training.run_config import RunConfig, StageConfig, with_changes, with_steps
-from bertgpt_jax.training.setup import Program, check_batches, make_program, stage_state, state_shardings
+from bertgpt_jax.training.setup import (
+    Program,
+    check_batches,
+    make_program,
+    padded_shape,
+    stage_state,
+    state_shardings,
+)
 
 DAY = 86_400
 
@@ -33,6 +41,7 @@ class Shape:
     Attributes:
         first, steps: number of the first of them in the stage, and how many there are.
         rows: of the batch; `computed` with those that fill it up.
+        parts: microbatches.
         seconds: predicted, of one step.
     """
 
@@ -41,6 +50,7 @@ class Shape:
     rows: int
     computed: int
     length: int
+    parts: int
     seconds: float
 
 
@@ -157,10 +167,10 @@ def parse_mesh(text: str) -> MeshConfig:
     Raises:
         ConfigError: no such axis, or no size.
     """
-    parts = dict(item.partition("=")[::2] for item in text.split(",") if item)
-    unknown = [name for name in parts if name not in AXES]
-    if unknown or not parts:
-        raise ConfigError(f"--mesh '{text}': axes are {', '.join(AXES)}, as in fsdp=256,tensor=4")
+    items = [item.partition("=")[::2] for item in text.split(",") if item]
+    parts = dict(items)
+    if not parts.keys() <= set(AXES) or not parts or len(parts) < len(items):
+        raise ConfigError(f"--mesh '{text}': axes are {', '.join(AXES)}, each once, as in fsdp=256,tensor=4")
     return build(MeshConfig, parts, "--mesh")
 
 
@@ -175,7 +185,7 @@ def prepare(config: RunConfig, place: Place, mesh: MeshConfig | None = None) -> 
         notes.append(f"epochs are taken to have {ASSUMED_ROWS:,} rows; days follow from that")
     if mesh is not None:
         given = {name: getattr(mesh, name) for name in AXES}
-        config = _with_execution(config, {"mesh": config.execution.mesh.model_dump(mode="json") | given})
+        config = with_execution(config, {"mesh": config.execution.mesh.model_dump(mode="json") | given})
     config = assume_vocabulary(config)
     sizes = config.execution.mesh.resolve(place.chips)
     config.execution.mesh.across_slices(place.slices, sizes)
@@ -191,10 +201,12 @@ def _check(config: RunConfig, sizes: Mapping[str, int]) -> None:
     check_batches(config, mesh)
     zigzag = context.in_zigzag(config.execution.compute.zigzag, config.objective.kind == "causal_lm", mesh)
     for stage in config.stages:
-        context.check_length(stage.sequence_length, zigzag, mesh, f"stages.{stage.name}.sequence_length")
+        for segment in stage.ramp().segments:
+            context.check_length(segment.sequence_length, zigzag, mesh, f"stages.{stage.name}.sequence_length")
 
 
-def _with_execution(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+def with_execution(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+    """The config with other settings of its execution."""
     return with_changes(config, {"execution": config.execution.model_dump(mode="json") | changes})
 
 
@@ -203,12 +215,12 @@ def _rounded(config: RunConfig, shards: Shards) -> tuple[RunConfig, list[str]]:
     stages, notes = [], []
     for stage in config.stages:
         tree = stage.model_dump(mode="json")
-        size = -(-stage.batch_size // shards.rows) * shards.rows
+        size = -(-stage.batch_size // shards.batch) * shards.batch
         if size != stage.batch_size:
             notes.append(f"stage {stage.name}: batch of {stage.batch_size:,} rows rounded up; set batch_size={size}")
             ramp = tree["batch_ramp"]
             tree |= {"batch_size": size, "batch_ramp": [*ramp[:-1], [ramp[-1][0], size]] if ramp else []}
-        each = size // shards.rows
+        each = size // shards.batch
         parts = next(k for k in range(min(stage.microbatches, each), each + 1) if each % k == 0)
         if parts != stage.microbatches:
             notes.append(
@@ -216,9 +228,9 @@ def _rounded(config: RunConfig, shards: Shards) -> tuple[RunConfig, list[str]]:
             )
             tree["microbatches"] = parts
         stages.append(tree)
-        odd = sorted({n for _, n in stage.batch_ramp[:-1] if n % shards.rows})
+        odd = sorted({n for _, n in stage.batch_ramp[:-1] if n % shards.batch})
         if odd:
-            filled = ", ".join(f"{n:,} to {-(-n // shards.rows) * shards.rows:,}" for n in odd)
+            filled = ", ".join(f"{n:,} to {-(-n // shards.batch) * shards.batch:,}" for n in odd)
             notes.append(f"stage {stage.name}: batches of its ramp are filled up with rows of weight 0: {filled}")
     return with_changes(config, {"stages": stages}), notes
 
@@ -227,7 +239,7 @@ def _on_one_device(config: RunConfig, place: Place) -> Program:
     compute = config.execution.compute.model_dump(mode="json") | {"platform": place.chip.platform}
     mesh = MeshConfig(axes=config.execution.mesh.axes)
     whole = {"mesh": mesh.model_dump(mode="json"), "compute": compute, "shard_optimizer": False}
-    alone = _with_execution(config, whole)
+    alone = with_execution(config, whole)
     return make_program(alone, make_mesh(mesh, jax.devices("cpu")[:1]))
 
 
@@ -237,9 +249,18 @@ def make_plan(prepared: Prepared, *, compiling: bool = True, price: float | None
     Raises:
         ConfigError: what would stop the run; a compiler that is not installed.
     """
+    _check_heads(prepared.config, prepared.sizes)
     stages = tuple(_plan_stage(prepared, i, compiling) for i in range(len(prepared.config.stages)))
     p = prepared
     return Plan(p.place, dict(p.sizes), p.program.parameters, p.config, stages, p.notes, price)
+
+
+def _check_heads(config: RunConfig, sizes: Mapping[str, int]) -> None:
+    along, heads = dict(config.execution.mesh.logical_axes())["heads"], config.model.num_heads
+    size = axis_size(AbstractMesh(tuple(sizes.values()), tuple(sizes)), along)
+    if heads % size:
+        able = [n for n in range(1, heads + 1) if heads % n == 0]
+        raise ConfigError(f"model.num_heads {heads} is not divisible by mesh {along} = {size}; use one of {able}")
 
 
 def planned_state(prepared: Prepared, stage: StageConfig) -> PyTree:
@@ -262,7 +283,7 @@ def model_memory(prepared: Prepared, stage: StageConfig, work: Work, shards: Sha
 def _plan_stage(prepared: Prepared, index: int, compiling: bool) -> StagePlan:
     config, place, shards = prepared.config, prepared.place, prepared.shards
     stage = config.stages[index]
-    work = work_of(config, stage, place.chip.platform)
+    work = work_of(config, stage, place.chip.platform, shards.context)
     found = model_memory(prepared, stage, work, shards)
     compiled = compile_step(config, place, index) if compiling else None
     parameters = prepared.program.parameters
@@ -290,12 +311,13 @@ def _shapes(stage: StageConfig, work: Work, shards: Shards, place: Place, parame
         steps = min(last, stage.steps) - segment.first
         if steps <= 0:
             continue
-        rows = -(-segment.batch_size // shards.rows) * shards.rows
-        microbatches = max(1, -(-rows * segment.sequence_length // most))
-        this = dataclasses.replace(work, rows=rows, length=segment.sequence_length, microbatches=microbatches)
+        rows, parts = padded_shape(segment.batch_size, segment.sequence_length, shards.batch, most)
+        if (rows, segment.sequence_length) == (work.rows, work.length):
+            parts = work.microbatches
+        this = dataclasses.replace(work, rows=rows, length=segment.sequence_length, microbatches=parts)
         scaled = sent_bytes(this, shards, parameters)
         if sent is not None:
             scaled = {a: sent.get(a, 0.0) * (scaled[a] / analytic[a] if analytic[a] else 1.0) for a in scaled}
         seconds = step_time(this, shards, place, parameters, scaled).total
-        shapes.append(Shape(segment.first, steps, segment.batch_size, rows, segment.sequence_length, seconds))
+        shapes.append(Shape(segment.first, steps, segment.batch_size, rows, segment.sequence_length, parts, seconds))
     return shapes

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 
 from bertgpt_jax.parallel.mesh import AXES
-from bertgpt_jax.planning.links import axis_bandwidth
+from bertgpt_jax.planning.links import axis_bandwidth, over_network
 from bertgpt_jax.planning.places import Place
 from bertgpt_jax.planning.work import Shards, Work, pipeline_parts
 
@@ -41,7 +41,8 @@ class StepTime:
 
     Attributes:
         matmul, hbm: of computation, one after the other.
-        ici, dcn: that collectives take by themselves, hidden or not.
+        ici, dcn: that collectives take by themselves, hidden or not, over the links of a slice (of GPUs, of a host) and
+            over the network.
         bubble: of waiting for the pipeline's other stages.
         total: predicted.
         by_axis: seconds of collectives by mesh axis.
@@ -85,9 +86,11 @@ def step_time(
     for axis, size, spans in zip(AXES, shards, (place.slices // work.dcn_fsdp, work.dcn_fsdp), strict=False):
         if spans > 1:  # all chips of a slice share what goes to the others
             dcn += sent.get(axis, 0.0) * (spans - 1) / (size - 1) / (chip.dcn_bandwidth * LINKS)
-    ici = sum(by_axis.values())
+    far = over_network(place, shards, work.dcn_fsdp)
+    dcn += sum(by_axis[axis] for axis in far)
+    ici = sum(seconds for axis, seconds in by_axis.items() if axis not in far)
     waiting = by_axis[AXES[-1]]
-    beside = ici - waiting + dcn
+    beside = ici + dcn - waiting
     total = matmul + hbm + bubble + EXPOSED * waiting + max(0.0, beside - HIDDEN * (matmul + hbm))
     return StepTime(matmul, hbm, ici, dcn, bubble, total, by_axis)
 

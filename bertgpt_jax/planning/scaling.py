@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from bertgpt_jax.errors import ConfigError
-from bertgpt_jax.parallel.mesh import AXES, MeshConfig
 from bertgpt_jax.planning.places import Place
 from bertgpt_jax.planning.plan import prepare
 from bertgpt_jax.planning.published import PublishedRun, runs
 from bertgpt_jax.planning.roofline import StepTime, step_time
-from bertgpt_jax.planning.search import candidates
+from bertgpt_jax.planning.search import candidates, unrounded_mesh
 from bertgpt_jax.planning.work import work_of
 from bertgpt_jax.training.run_config import RunConfig, with_changes
 
@@ -64,16 +63,14 @@ def _with_rows(config: RunConfig, stage: int, rows: int) -> RunConfig:
 
 
 def _point(config: RunConfig, place: Place, index: int) -> Point:
-    start = MeshConfig(**dict(zip(AXES, (place.slices, 1, 1, 1, -1), strict=True)))
-    prepared = prepare(config, place, start)
+    prepared = prepare(config, place, unrounded_mesh(config, place))
     stage = prepared.config.stages[index]
     ranked = candidates(prepared, stage)
     if not ranked:
         raise ConfigError(f"nothing fits on {place.describe()} with {stage.batch_size} rows")
     best = ranked[0]
-    work = dataclasses.replace(
-        work_of(prepared.config, stage, place.chip.platform), remat=best.remat, microbatches=best.microbatches
-    )
+    work = work_of(prepared.config, stage, place.chip.platform, best.shards.context)
+    work = dataclasses.replace(work, remat=best.remat, microbatches=best.microbatches)
     time = step_time(work, best.shards, place, prepared.program.parameters)
     scored = config.objective.scored_share(stage.sequence_length)
     flops = prepared.config.model.flops_per_token(stage.sequence_length, scored, halved=True) * work.positions

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from bertgpt_jax.nn.attention import PathChoice, choose_path
+from bertgpt_jax.nn.attention import PathChoice, choose_form, choose_path
 from bertgpt_jax.nn.masks import AttentionMask
 from bertgpt_jax.parallel.mesh import AXES
 from bertgpt_jax.parallel.pipeline import PER_STAGE
@@ -31,8 +31,13 @@ class Shards(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """Parts that the rows of a batch are split into."""
+        """Parts that the rows of a layer's input are split into."""
         return self.data * self.fsdp
+
+    @property
+    def batch(self) -> int:
+        """Parts that the rows of a batch are split into: stages of a pipeline hold their share of it too."""
+        return self.rows * self.pipe
 
     @property
     def chips(self) -> int:
@@ -51,7 +56,7 @@ class Work:
         rows, length: of the batch, as it is computed (filled up where the mesh asks for it).
         microbatches: parts in which it is computed.
         remat: `ComputeConfig.remat`.
-        fused_attention: by a kernel that keeps no scores.
+        fused_attention: by a kernel, or round a ring, that keeps no scores.
         head_chunk: `ComputeConfig.head_chunk`.
         pipeline_parts, pipeline_repeats: `PipelineConfig.microbatches` and groups of layers a stage.
         width_bytes: of an activation's element.
@@ -107,19 +112,24 @@ def pipeline_parts(work: Work, shards: Shards) -> int:
     return max(fitting, default=0) if rows and not rest else 0
 
 
-def work_of(config: RunConfig, stage: StageConfig, platform: str) -> Work:
-    """The work of a stage's full batch; the vocabulary of the model must be known."""
+def work_of(config: RunConfig, stage: StageConfig, platform: str, context: int = 1) -> Work:
+    """The work of a stage's full batch; the vocabulary of the model must be known.
+
+    Args:
+        context: parts in which the mesh holds each sequence.
+    """
     model, compute = config.model, config.execution.compute
     causal = config.objective.kind == "causal_lm"
-    shape = (1, stage.sequence_length, model.num_heads, model.head_size)
-    path = choose_path(
-        PathChoice(compute.attention, platform),
-        shape,
+    choice = PathChoice(compute.attention, platform, compute.context_attention)
+    attention = (
+        (1, stage.sequence_length, model.num_heads, model.head_size),
         stage.sequence_length,
         jnp.dtype(compute.dtype),
         AttentionMask(causal=causal),
         model.attention_dropout > 0,
+        context,
     )
+    by_tiles = context > 1 and choose_form(choice, *attention) == "ring"
     return Work(
         layers=model.num_layers,
         width=model.hidden_size,
@@ -133,7 +143,7 @@ def work_of(config: RunConfig, stage: StageConfig, platform: str) -> Work:
         scored=config.objective.scored_share(stage.sequence_length),
         microbatches=stage.microbatches,
         remat=compute.remat,
-        fused_attention=path != "reference",
+        fused_attention=by_tiles or choose_path(choice, *attention) != "reference",
         head_chunk=compute.head_chunk,
         pipeline_parts=config.execution.pipeline.microbatches,
         pipeline_repeats=config.execution.pipeline.groups,

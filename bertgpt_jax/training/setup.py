@@ -129,11 +129,9 @@ def shape_config(program: Program, stage: StageConfig, segment: Segment) -> Stag
     Rows that the mesh does not divide are filled up. Microbatches are as few as divide the rows of every device and
     have no more positions than the stage's own.
     """
-    size, length = sharding.padded_rows(segment.batch_size, program.mesh), segment.sequence_length
-    shards = sharding.batch_shards(program.mesh)
+    length, shards = segment.sequence_length, sharding.batch_shards(program.mesh)
     most = stage.batch_size * stage.sequence_length // stage.microbatches
-    parts = (k for k in range(1, size // shards + 1) if size % (shards * k) == 0)
-    fitting = next((k for k in parts if size // k * length <= most), size // shards)
+    size, fitting = padded_shape(segment.batch_size, length, shards, most)
     if (size, length) == (stage.batch_size, stage.sequence_length):
         fitting = stage.microbatches
     shape = {"batch_size": size, "sequence_length": length, "microbatches": fitting}
@@ -141,6 +139,13 @@ def shape_config(program: Program, stage: StageConfig, segment: Segment) -> Stag
 
 
 def compute_on(config: RunConfig, mesh: Mesh) -> ComputeConfig:
+def padded_shape(rows: int, length: int, shards: int, most: int) -> tuple[int, int]:
+    """(rows that `shards` divide, parts): the fewest parts that have no more than `most` positions, if any have."""
+    size = -(-rows // shards) * shards
+    parts = (k for k in range(1, size // shards + 1) if size % (shards * k) == 0)
+    return size, next((k for k in parts if size // k * length <= most), size // shards)
+
+
     """How the model is computed on a mesh, which may be of devices that are not here (ahead-of-time compilation)."""
     compute = config.execution.compute
     settings = {

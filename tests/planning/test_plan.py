@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -65,6 +66,41 @@ def test_gpt3s_ramp_on_256_shards() -> None:
     assert first.seconds < last.seconds and first.seconds / first.rows > last.seconds / last.rows
 
 
+def test_stages_of_a_pipeline_hold_a_share_of_the_batch_too() -> None:
+    """Rows are filled up, and cut into parts, as the trainer does it."""
+    ramped = run_config(batch_size=24, microbatches=1, batch_ramp=((0, 2), (10, 24)), steps=100)
+    prepared = prepare(ramped, places.parse("cpu:8"), parse_mesh("data=2,fsdp=2,pipe=2"))
+    (note,) = prepared.notes
+    assert "2 to 8" in note
+    (stage,) = make_plan(prepared, compiling=False).stages
+    real = setup.make_program(prepared.config, make_mesh(prepared.config.execution.mesh, jax.devices()[:8]))
+    of_run = [setup.shape_config(real, real.config.stages[0], s) for s in real.config.stages[0].ramp().segments]
+    assert [(s.computed, s.parts) for s in stage.shapes] == [(s.batch_size, s.microbatches) for s in of_run]
+    assert [s.computed for s in stage.shapes] == [8, 24]
+    odd = prepare(run_config(batch_size=20, microbatches=1), places.parse("cpu:8"), parse_mesh("data=4,pipe=2"))
+    assert odd.config.stages[0].batch_size == 24 and "set batch_size=24" in odd.notes[0]
+
+
+def test_parts_along_175bs_ramp_are_the_trainers() -> None:
+    prepared = prepare(load_config("gpt3/175b", RunConfig), places.parse("v5p:8x8x16"))
+    (stage,), (config,) = make_plan(prepared, compiling=False).stages, prepared.config.stages
+    most = config.batch_size * config.sequence_length // config.microbatches
+    for shape in stage.shapes:
+        assert shape.computed % (256 * shape.parts) == 0
+        assert shape.computed // shape.parts * shape.length <= most or shape.computed == 256 * shape.parts
+
+
+def test_gpus_of_several_hosts_talk_over_the_network() -> None:
+    plan = make_plan(prepare(load_config("gpt3/1_3b", RunConfig), places.parse("h100:64"), parse_mesh("fsdp=64")),
+                     compiling=False)  # fmt: skip
+    time = plan.main.time
+    assert time.dcn > 0 == time.ici and time.by_axis["fsdp"] == pytest.approx(time.dcn)
+    inside = make_plan(prepare(load_config("gpt3/1_3b", RunConfig), places.parse("h100:8"), parse_mesh("fsdp=8")),
+                       compiling=False)  # fmt: skip
+    assert inside.main.time.ici > 0 == inside.main.time.dcn
+    assert "8 hosts" in plan.place.describe() and "a switch in each host" in plan.place.describe()
+
+
 def test_a_batch_that_the_mesh_does_not_divide_is_rounded_up() -> None:
     prepared = prepare(run_config(batch_size=30, microbatches=4), places.parse("v5e:4x4"))
     stage = prepared.config.stages[0]
@@ -109,6 +145,7 @@ def test_replicas_that_divide_the_optimizer(mesh: str) -> None:
         ("fsd=4", ["--mesh 'fsd=4'", "data, fsdp, pipe, context, tensor"]),
         ("fsdp=x", ["--mesh", "fsdp", "'x'"]),
         ("", ["axes are"]),
+        ("fsdp=2,fsdp=4", ["axes are", "each once"]),
         ("pipe=4", ["num_layers 2", "mesh.pipe = 4"]),
         ("context=3", ["does not multiply to 16"]),
     ],
@@ -123,8 +160,17 @@ def test_sequences_and_heads_that_the_mesh_does_not_divide() -> None:
     with pytest.raises(ConfigError, match=r"sequence_length 64 is not divisible by .*context.* = 128"):
         prepare(run_config(), places.parse("v5e:8x8"), parse_mesh("data=1,context=64"))
     prepared = prepare(run_config(), places.parse("v5e:2x4"), parse_mesh("data=1,tensor=8"))
-    with pytest.raises(ConfigError, match="size 4 of dimension . is not divisible by tensor = 8"):
+    with pytest.raises(ConfigError, match=r"num_heads 4 is not divisible by mesh tensor = 8; use one of \[1, 2, 4\]"):
         make_plan(prepared, compiling=False)
+    prepared = prepare(run_config(), places.parse("v5e:8x16"), parse_mesh("data=1,fsdp=128"))
+    with pytest.raises(ConfigError, match=r"size 64 of dimension . is not divisible by mesh fsdp = 128; .* size 128"):
+        make_plan(prepared, compiling=False)
+
+
+def test_short_sequences_of_a_ramp_that_the_mesh_does_not_divide() -> None:
+    ramped = run_config(length_ramp=((0, 24), (10, 64)))
+    with pytest.raises(ConfigError, match=r"sequence_length 24 is not divisible by .*context"):
+        prepare(ramped, places.parse("v5e:4x4"), parse_mesh("data=1,context=16"))
 
 
 def test_slices_need_replicas() -> None:
@@ -153,10 +199,12 @@ def test_compiled_for_cpu_devices(saved: str, capsys) -> None:
 
 @pytest.mark.slow
 def test_what_the_child_refuses_is_one_line(saved: str, capsys) -> None:
-    """Four heads cannot be split eight ways."""
-    assert main([saved, "--topology", "cpu:8", "--mesh", "tensor=8"]) == 78
+    """What only the mesh of real devices shows; without compiling nothing is refused."""
+    asked = [saved, "dropout_prng=philox", "--topology", "cpu:2"]
+    assert main([*asked, "--no-compile"]) == 0
+    assert main(asked) == 78
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and "8" in error and error.count("\n") == 1
+    assert error.startswith("error: dropout_prng = 'philox' on 2 devices") and error.count("\n") == 1
 
 
 # ---------------------------------------------------------------- what does not fit
@@ -171,11 +219,45 @@ def test_too_large_ends_with_78_and_says_what_would_fit(capsys) -> None:
     assert "of 15.75 on v5e; use fsdp=16" in error
 
 
-def test_where_nothing_fits_a_larger_slice_is_named(capsys) -> None:
-    assert main(["gpt3/175b", "--topology", "v5e:4x4", "--no-compile", "--json"]) == 78
+@pytest.mark.parametrize(
+    ("config", "topology", "advised"),
+    [
+        ("gpt3/13b", "v5e:4x4", r"take v5e:\d+x\d+, with "),
+        ("gpt3/175b", "v6e:8x16", r"take v6e:16x16 --slices (\d+), with .* execution.mesh.dcn_fsdp=\1"),
+    ],
+)
+def test_where_nothing_fits_a_place_is_named_on_which_it_does(config: str, topology: str, advised: str, capsys) -> None:
+    assert main([config, "--topology", topology, "--no-compile", "--json"]) == 78
     shown = capsys.readouterr()
     assert json.loads(shown.out)["fits"] is False
-    assert "take a larger slice, e.g. v5e:4x8" in shown.err
+    place, slices, mesh, remat, parts = re.search(
+        r"take (\S+?)(?: --slices (\d+))?, with (\S+) remat=(\w+) microbatches=(\d+)", shown.err
+    ).groups()
+    assert re.search(advised, shown.err)
+    there = ["--topology", place, "--slices", slices or "1", "--mesh", mesh if "data" in mesh else f"data=1,{mesh}"]
+    settings = [f"execution.compute.remat={remat}", f"stages.0.microbatches={parts}"]
+    settings += re.findall(r"execution\.mesh\.dcn_fsdp=\d+", shown.err)
+    assert main([config, *settings, *there, "--no-compile"]) == 0
+
+
+def test_a_model_that_no_place_holds() -> None:
+    huge = ["model.num_layers=4", "model.hidden_size=4194304", "model.num_heads=1", "model.intermediate_size=128"]
+    prepared = prepare(load_config("gpt3/125m", RunConfig, huge), places.parse("v5e:4x4"))
+    found = search.larger_place(prepared, prepared.config.stages[0])
+    assert found == "no number of chips v5e would do; use a smaller model or sequence_length"
+
+
+def test_what_failed_is_not_advised_again() -> None:
+    """A compiler that wants more than the model said: what failed is left out, and so is what is as large."""
+    prepared = prepare(load_config("gpt3/1_3b", RunConfig), places.parse("v5e:16x16"))
+    plan = make_plan(prepared, compiling=False)
+    has, (stage,) = plan.place.chip.usable_bytes, plan.stages
+    refused = compiled.Compiled(1.0, 1.0, 0, 0, 0, int(1.1 * has), False, (), (0, 0), 0)
+    failed = dataclasses.replace(plan, stages=(dataclasses.replace(stage, compiled=refused),))
+    said = search.advice(prepared, failed)
+    assert f"does not fit: {1.1 * has / 2**30:.1f} GiB a device" in said
+    ways = re.search(r"use (\S+) remat=(\w+) microbatches=(\d+)|take ", said)
+    assert ways and ways.groups() != ("fsdp=256", stage.work.remat, str(stage.work.microbatches))
 
 
 def test_the_compilers_own_words_on_memory() -> None:

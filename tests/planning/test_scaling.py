@@ -48,9 +48,20 @@ def test_the_command(capsys) -> None:
     assert "| 1,024 | 4 x v5e:16x16 | 65,536 |" in shown and "54.7%" in shown
 
 
+@pytest.mark.slow
+def test_points_in_a_file(tmp_path: Path, capsys) -> None:
+    out = tmp_path / "points.json"
+    assert main(["gpt3/125m", "--weak-scaling", "v5e:4x4", "v6e:4x4", "--json", str(out)]) == 0
+    tree = json.loads(out.read_text())
+    assert [point["chips"] for point in tree["points"]] == [16, 16] and 0.1 < tree["calibration_error"] < 0.2
+    assert "within 12% on published runs, none of them on v6e; numbers in" in capsys.readouterr().out
+
+
 def test_places_of_the_command(capsys) -> None:
     assert main(["bert/large_pod", "--weak-scaling", "v5e:16x16*x"]) == 64
     assert "PLACE*SLICES" in capsys.readouterr().err
+    assert main(["bert/large_pod", "--weak-scaling", "v5e:16x16", "--search"]) == 64
+    assert "goes with --json alone" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -61,7 +72,8 @@ def test_a_table_of_plans(tmp_path: Path, capsys) -> None:
     (tmp_path / "all.json").write_text(json.dumps([json.loads(Path(file).read_text()) for file in files]))
     capsys.readouterr()
     assert main(["--table", str(tmp_path / "all.json"), "--png", str(tmp_path / "all.png")]) == 0
-    head, line, first, second = capsys.readouterr().out.strip().split("\n")
+    head, line, first, second, _, error = capsys.readouterr().out.strip().split("\n")
+    assert error == "times are within 12% on published runs"
     assert head.count("|") == line.count("|") == first.count("|") == second.count("|")
     assert "v5e:16x16 (256 chips)" in first and "v4:4x4x4 (64 chips)" in second and "fsdp 64" in second
     assert (tmp_path / "all.png").stat().st_size > 1000

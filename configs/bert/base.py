@@ -27,7 +27,7 @@ def get_config() -> RunConfig:
     curve = dict(peak=1e-4, warmup_steps=10_000, total_steps=STEPS)
     return RunConfig(
         corpus=CorpusConfig(tokenizer=WordPieceConfig(vocab_size=30_522)),
-        model=BertConfig(**SIZES["base"]),
+        model=BertConfig(**SIZES["base"], vocab_multiple=128),
         # Predictions: 15% of the length, 20 at 128 and 77 at 512, the width that the released models allow.
         objective=MaskedLMNSP(examples=SentencePairs(), masking=Masking(random_from="all")),
         stages=(

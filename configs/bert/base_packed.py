@@ -28,7 +28,7 @@ def get_config() -> RunConfig:
     curve = dict(peak=1e-4, warmup_steps=10_000, total_steps=STEPS)
     return RunConfig(
         corpus=CorpusConfig(tokenizer=WordPieceConfig(vocab_size=30_522)),
-        model=BertConfig(**SIZES["base"]),
+        model=BertConfig(**SIZES["base"], vocab_multiple=128),
         objective=MaskedLMNSP(examples=PackedPairs(), masking=Masking(random_from="all")),
         stages=(
             StageConfig(

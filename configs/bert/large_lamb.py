@@ -23,7 +23,7 @@ def get_config() -> RunConfig:
     return RunConfig(
         seed=12439,
         corpus=CorpusConfig(tokenizer=WordPieceConfig(vocab_size=30_522)),
-        model=BertConfig(**SIZES["large"]),
+        model=BertConfig(**SIZES["large"], vocab_multiple=128),
         objective=MaskedLMNSP(masking=Masking(random_from="all")),
         stages=(
             StageConfig(

@@ -20,7 +20,7 @@ def get_config() -> RunConfig:
     """One stage at 1,024 tokens; set corpus.tokenizer.path to a folder with GPT-2's files to use its vocabulary."""
     return RunConfig(
         corpus=CorpusConfig(sentences="none", tokenizer=ByteBPEConfig(vocab_size=50_257)),
-        model=GptConfig(**SIZES["gpt2_xl"], hidden_dropout=0.0, attention_dropout=0.0),
+        model=GptConfig(**SIZES["gpt2_xl"], vocab_multiple=128, hidden_dropout=0.0, attention_dropout=0.0),
         objective=CausalLM(),
         stages=(
             StageConfig(

@@ -78,20 +78,27 @@ def run(settings: Settings) -> Result:
     """Climbs the ladders."""
     rows, facts = [], {}
     for name in settings.ladders:
-        ladder = LADDERS[name]
-        shape = f"{name} S{ladder.length} B{ladder.rows}"
-        sizes, before = {}, None
+        ladder, sizes = LADDERS[name], {}
         for rung in rungs(ladder):
             begun = time.perf_counter()
-            size = temporary_bytes(ladder, rung, settings.topology)
-            sizes[rung.name] = size
-            rows.append(Row(f"{shape}: {rung.name}", size / MIB, "MiB"))
-            if before:
-                rows.append(Row(f"{shape}: {rung.name}, over the rung before", size / before, "x", most=rung.most))
-            before = size
-            print(f"  {shape}: {rung.name}: {size / MIB:,.0f} MiB ({time.perf_counter() - begun:.0f} s)", flush=True)
+            sizes[rung.name] = size = temporary_bytes(ladder, rung, settings.topology)
+            print(f"  {name}: {rung.name}: {size / MIB:,.0f} MiB ({time.perf_counter() - begun:.0f} s)", flush=True)
+        rows += rows_of(name, sizes)
         facts[name] = {"bytes": sizes, **ladder._asdict()}
     return Result(tuple(rows), {}, facts=facts)
+
+
+def rows_of(name: str, sizes: dict[str, int]) -> list[Row]:
+    """The bytes of each rung, and how they compare with those of the rung before."""
+    ladder, rows, before = LADDERS[name], [], None
+    for rung in rungs(ladder):
+        what, size = f"{name} S{ladder.length} B{ladder.rows}: {rung.name}", sizes[rung.name]
+        rows.append(Row(what, size / MIB, "MiB", detail=before is not None))
+        if before is not None:
+            what += f" ({size / MIB:,.0f} MiB), over the rung before"
+            rows.append(Row(what, size / before, "x", most=rung.most))
+        before = size
+    return rows
 
 
 def rungs(ladder: Ladder) -> tuple[Rung, ...]:

@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import Field
 
 from bertgpt_jax.batches.masking import Masking
-from bertgpt_jax.benchmarks.harness import Result, Row, compare, require
+from bertgpt_jax.benchmarks.harness import Result, Row, measure, require, summary
 from bertgpt_jax.benchmarks.updates import Ours, Torch, agreed_losses, loaded_from, sides
 from bertgpt_jax.config import Config
 from bertgpt_jax.nn.blocks import ComputeConfig
@@ -51,23 +51,25 @@ def run(settings: Settings) -> Result:
         *(Torch(peer, model, torch_inputs(batch), peer == "compile") for peer in settings.peers),
     ]
     losses = agreed_losses(trainers)
-    found = compare(sides(trainers), settings.rounds, settings.warmup)
-    seconds = {name: spread["median"] for name, spread in found["seconds"].items()}
-    without_gather = {peer: seconds[peer] / seconds["full_head"] for peer in settings.peers}
+    columns = measure(sides(trainers), settings.rounds, settings.warmup)
+    found = summary(columns, settings.warmup)
+    code = summary({name: columns[name] for name in ("full_head", *settings.peers)}, settings.warmup)
     bars = {"eager": 2.0, "compile": 1.7}
     shape = f"BERT L{settings.layers} D{settings.hidden} V{settings.vocabulary} S{settings.length} B{settings.rows}"
-    rows = [Row(f"{shape}, update over transformers, {p}", found["ratios"][p], "x", bars[p]) for p in settings.peers]
-    rows += [Row(f"the same, all positions scored, {p}", without_gather[p], "x") for p in settings.peers]
+    times, alone = found["paired"], code["paired"]
+    rows = [Row(f"{shape}, update over transformers, {p}", times[p]["median"], "x", bars[p]) for p in settings.peers]
+    rows += [Row(f"the same, all positions scored, {p}", alone[p]["median"], "x") for p in settings.peers]
     facts = {
         "losses": losses,
-        "ratios_without_gather": without_gather,
+        "ratios_without_gather": code["ratios"],
         "gflop": {
             "ours": gflop(loaded.model_config, settings, gathered),
             "full_head": gflop(loaded.model_config, settings, full),
         },
         "parameters": sum(p.numel() for p in model.parameters()),
     }
-    return Result(tuple(rows), {"update": found}, {peer: found["ratios"][peer] for peer in settings.peers}, facts)
+    comparisons = {"update": found, "update, all positions scored": code}
+    return Result(tuple(rows), comparisons, {peer: found["ratios"][peer] for peer in settings.peers}, facts)
 
 
 def gflop(model: Any, settings: Settings, objective: MaskedLMNSP) -> float:

@@ -43,7 +43,8 @@ def run(settings: Settings) -> Result:
     found = compare(sides(trainers), settings.rounds, settings.warmup)
     bars = {"eager": 0.95, "compile": 0.82}
     shape = f"GPT L{settings.layers} D{settings.hidden} V{settings.vocabulary} S{settings.length} B{settings.rows}"
-    rows = [Row(f"{shape}, update over transformers, {p}", found["ratios"][p], "x", bars[p]) for p in settings.peers]
+    times = found["paired"]
+    rows = [Row(f"{shape}, update over transformers, {p}", times[p]["median"], "x", bars[p]) for p in settings.peers]
     each = loaded.model_config.flops_per_token(settings.length)
     facts = {
         "losses": losses,

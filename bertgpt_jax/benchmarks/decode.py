@@ -22,7 +22,7 @@ from pydantic import Field
 
 from bertgpt_jax.benchmarks.cpu_gpt import Settings as Shape
 from bertgpt_jax.benchmarks.cpu_gpt import make_model
-from bertgpt_jax.benchmarks.harness import Result, Row, Side, compare, require
+from bertgpt_jax.benchmarks.harness import Result, Row, Side, compare, measure, rate, require, summary
 from bertgpt_jax.benchmarks.updates import loaded_from
 from bertgpt_jax.config import Config
 from bertgpt_jax.errors import DataError
@@ -38,6 +38,7 @@ from bertgpt_jax.transfer.load import Loaded
 from bertgpt_jax.transfer.source import nested, parameter_shapes
 
 GREEDY = Sampling(temperature=0)
+WARMUP = 1
 AGREE = 1e-3
 """Largest difference of the first logits with which both sides still have the same model."""
 
@@ -72,18 +73,21 @@ def run(settings: Settings) -> Result:
     for batch in settings.batches:
         prompts = np.random.default_rng(batch).integers(0, settings.vocabulary, (batch, settings.prompt))
         rounds = settings.rounds if batch == 1 else max(settings.rounds // 3, 3)
-        found = _beside_transformers(model, loaded, prompts, settings, rounds, facts)
-        comparisons[f"batch {batch}"] = found
-        rows += _rows(found, batch, settings, ratios)
+        columns = _beside_transformers(model, loaded, prompts, settings, rounds, facts)
+        comparisons[f"batch {batch}"] = found = summary(columns, WARMUP)
+        for part, times in _parts(columns, settings).items():
+            comparisons[f"{part}, batch {batch}"] = apart = summary(times, WARMUP)
+            ratios[f"transformers, {part}, batch {batch}"] = apart["ratios"]["transformers"]
+            rows += _rows(apart, part, batch, settings)
         if settings.techniques and hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) > 1:
             comparisons[f"one CPU, batch {batch}"] = alone = _with_one_cpu(settings, batch)
             rows += _thread_rows(found, alone, batch, settings)
         if settings.techniques:
-            apart = compare(_techniques(loaded, prompts, settings), rounds, 1)
+            apart = compare(_techniques(loaded, prompts, settings), rounds, WARMUP)
             comparisons[f"techniques, batch {batch}"] = apart
             rows += [
-                Row(f"GPT-2 small, batch {batch}, decoding: {name} over ours", ratio, "x")
-                for name, ratio in apart["ratios"].items()
+                Row(f"GPT-2 small, batch {batch}, decoding: {name} over ours", spread["median"], "x", detail=True)
+                for name, spread in apart["paired"].items()
             ]
     return Result(tuple(rows), comparisons, ratios, facts)
 
@@ -93,8 +97,8 @@ def run(settings: Settings) -> Result:
 
 def _beside_transformers(
     model: Any, loaded: Loaded, prompts: np.ndarray, settings: Settings, rounds: int, facts: dict[str, Any]
-) -> dict[str, Any]:
-    """Seconds of both sides for one new token and for all of them; what they wrote goes to `facts`."""
+) -> dict[str, np.ndarray]:
+    """Seconds [rounds] of both sides for all new tokens and for one; what they wrote goes to `facts`."""
     import torch
 
     decoder = GptDecoder(loaded.model_config, settings.vocabulary)
@@ -118,7 +122,7 @@ def _beside_transformers(
     same = np.mean(np.all(np.array(ours(settings.new)) == theirs(settings.new).numpy(), 1))
     facts[f"batch {len(prompts)}"] = {"first_logits_apart": apart, "rows_with_equal_tokens": float(same)}
 
-    return compare(_sides({"ours": ours, "transformers": theirs}, settings), rounds, 1)
+    return measure(_sides({"ours": ours, "transformers": theirs}, settings), rounds, WARMUP)
 
 
 def _continuer(decoder: GptDecoder, params: PyTree, prompts: np.ndarray) -> Callable[[int], list[list[int]]]:
@@ -134,30 +138,26 @@ def _sides(calls: dict[str, Callable[[int], Any]], settings: Settings) -> list[S
     ]
 
 
-def _parts(found: dict[str, Any], name: str, settings: Settings) -> tuple[float, float]:
-    """Median seconds of (prefill, decoding)."""
-    whole, first = (found["seconds"][f"{name}, {new} tokens"]["median"] for new in (settings.new, 1))
-    return first, whole - first
+def _parts(columns: dict[str, np.ndarray], settings: Settings) -> dict[str, dict[str, np.ndarray]]:
+    """Seconds [rounds] of `prefill` and `decoding` of each side, round by round."""
+    first, whole = (
+        {name: columns[f"{name}, {new} tokens"] for name in ("ours", "transformers")} for new in (1, settings.new)
+    )
+    return {"prefill": first, "decoding": {name: whole[name] - first[name] for name in first}}
 
 
-def _rows(found: dict[str, Any], batch: int, settings: Settings, ratios: dict[str, float]) -> list[Row]:
-    """Prefill and decoding apart, from the medians; decoding has the issue's bars."""
-    shape, rows, prefills, took = f"GPT-2 small, batch {batch}", [], {}, {}
-    for name in ("ours", "transformers"):
-        prefills[name], took[name] = _parts(found, name, settings)
-        rows += [
-            Row(
-                f"{shape}, prefill of {settings.prompt} tokens a row, {name}",
-                batch * settings.prompt / prefills[name],
-                "tokens/s",
-            ),
-            Row(f"{shape}, decoding, {name}", batch * (settings.new - 1) / took[name], "tokens/s"),
-        ]
-    ratio = took["transformers"] / took["ours"]
-    ratios[f"transformers, decoding, batch {batch}"] = ratio
-    ratios[f"transformers, prefill, batch {batch}"] = prefills["transformers"] / prefills["ours"]
-    bar = {1: 1.6, 32: 1.0}.get(batch)
-    return [*rows, Row(f"{shape}, decoding over transformers", ratio, "x", bar)]
+def _rows(apart: dict[str, Any], part: str, batch: int, settings: Settings) -> list[Row]:
+    """Rates of both sides, and the paired median of one part; decoding has bars."""
+    shape, tokens = f"GPT-2 small, batch {batch}", batch * (settings.new - 1)
+    what = part
+    if part == "prefill":
+        what, tokens = f"prefill of {settings.prompt} tokens a row", batch * settings.prompt
+    rows = [
+        Row(f"{shape}, {what}, {name}", rate(apart, name, tokens), "tokens/s", detail=name != "ours")
+        for name in ("ours", "transformers")
+    ]
+    bar = {1: 1.6, 32: 1.0}.get(batch) if part == "decoding" else None
+    return [*rows, Row(f"{shape}, {what} over transformers", apart["paired"]["transformers"]["median"], "x", bar)]
 
 
 # ---------------------------------------------------------------- threads
@@ -193,16 +193,22 @@ def measure_alone(settings_json: str, batch: int) -> None:
     decoder = GptDecoder(config, settings.vocabulary)
     prompts = rng.integers(0, settings.vocabulary, (batch, settings.prompt))
     ours = _continuer(decoder, decoder.layout(params), prompts)
-    print(json.dumps(compare(_sides({"ours": ours}, settings), max(settings.rounds // 3, 1), 1)))
+    print(json.dumps(compare(_sides({"ours": ours}, settings), max(settings.rounds // 3, 1), WARMUP)))
 
 
 def _thread_rows(found: dict[str, Any], alone: dict[str, Any], batch: int, settings: Settings) -> list[Row]:
     """What one CPU takes over what all of them take."""
-    many, one = (_parts(each, "ours", settings) for each in (found, alone))
+    many, one = (_medians(each, settings) for each in (found, alone))
     return [
-        Row(f"GPT-2 small, batch {batch}, {part}: with one thread over ours", b / a, "x")
+        Row(f"GPT-2 small, batch {batch}, {part}: with one thread over ours", b / a, "x", detail=True)
         for part, a, b in zip(("prefill", "decoding"), many, one, strict=True)
     ]
+
+
+def _medians(found: dict[str, Any], settings: Settings) -> tuple[float, float]:
+    """Our median seconds of (prefill, decoding)."""
+    whole, first = (found["seconds"][f"ours, {new} tokens"]["median"] for new in (settings.new, 1))
+    return first, whole - first
 
 
 # ---------------------------------------------------------------- techniques

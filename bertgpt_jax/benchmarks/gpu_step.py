@@ -100,7 +100,8 @@ def run(settings: Settings) -> Result:
         for row in rows_of(settings.trial.of(CASES[name]), seen, kind, settings.trial.is_full)
     ]  # fmt: skip
     times = {name: summary(seen.times, 1) for name, seen in found.items() if "ours" in seen.times}
-    ratios = {f"{name}: {peer}": ratio for name, seen in times.items() for peer, ratio in seen["ratios"].items()}
+    label = "{1}" if len(settings.configs) == 1 else "{0}: {1}"
+    ratios = {label.format(name, peer): ratio for name, seen in times.items() for peer, ratio in seen["ratios"].items()}
     return Result(tuple(rows), times, ratios, {name: seen.facts for name, seen in found.items()})
 
 

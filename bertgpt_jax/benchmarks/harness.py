@@ -1,7 +1,7 @@
 """Timing that can be believed: sides take turns in one process, medians are kept, and who else used the machine is too.
 
 A benchmark is a module with a config `Settings` and `run(settings) -> Result`; it calls `compare` and puts what readers
-should see into rows. `tools/benchmark.py NAME` runs it and writes the JSON.
+should see into rows. `tools/benchmark.py NAME` runs it and writes the JSON (`benchmarks/record.py`).
 """
 
 from __future__ import annotations
@@ -9,30 +9,21 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-import importlib.metadata
 import importlib.util
 import os
-import platform
-import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 
-import bertgpt_jax
 from bertgpt_jax.errors import ConfigError
 
-FORMAT_VERSION = 1
 REST_SECONDS = 0.02
 """Pause before each timed step: worker threads of the side before spin for a while when their work is done."""
 BUSY_SHARE = 0.10
 """Share of this machine's CPU time that others may take before a measurement counts as disturbed."""
-DRIFT = 0.10
-"""Difference between the medians of the first and the second half of a side's times that is worth a mark."""
-PACKAGES = ("jax", "jaxlib", "numpy", "flax", "optax", "grain", "torch", "transformers", "tokenizers", "libtpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +49,7 @@ class Row:
         measure: what was measured.
         value: the number; `unit`: `x`, `tokens/s`, `s`, ...
         least, most: the bar it is held to, if any.
+        detail: left out of the README.
     """
 
     measure: str
@@ -65,6 +57,7 @@ class Row:
     unit: str
     least: float | None = None
     most: float | None = None
+    detail: bool = False
 
     @property
     def met(self) -> bool:
@@ -81,19 +74,26 @@ class Result:
         comparisons: name -> what `compare` returned.
         ratios: peer -> its median over ours.
         facts: whatever else belongs to the record: shapes, losses that agreed, counts; JSON-ready.
+        failures: what was found to be wrong, a sentence each; the command fails once all is written.
     """
 
     rows: tuple[Row, ...]
     comparisons: dict[str, dict[str, Any]]
     ratios: dict[str, float] = dataclasses.field(default_factory=dict)
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    failures: tuple[str, ...] = ()
 
 
 # ---------------------------------------------------------------- timing
 
 
 def compare(sides: Sequence[Side], repeats: int, warmup: int = 2) -> dict[str, Any]:
-    """Times the sides in turn (A, B, A, B, ...); the first is ours.
+    """Times the sides in turn and sums up (`measure`, `summary`); the first is ours."""
+    return summary(measure(sides, repeats, warmup), warmup)
+
+
+def measure(sides: Sequence[Side], repeats: int, warmup: int = 2) -> dict[str, np.ndarray]:
+    """Times the sides in turn (A, B, A, B, ...).
 
     Args:
         sides: one or more, with different names; all are prepared before the first is timed.
@@ -101,10 +101,7 @@ def compare(sides: Sequence[Side], repeats: int, warmup: int = 2) -> dict[str, A
         warmup: rounds before them that are not counted.
 
     Returns:
-        `repeats`, `warmup`;
-        `seconds`: side -> `median`, `p10`, `p90`, `min`, `drift` (second half's median over the first's, minus 1);
-        `ratios`: peer -> its median over ours;
-        `paired`: peer -> `median`, `p10`, `p90` of its time over ours, round by round.
+        Side -> seconds [repeats].
     """
     states = [side.prepare() for side in sides]
     times = np.empty((repeats, len(sides)))
@@ -117,11 +114,18 @@ def compare(sides: Sequence[Side], repeats: int, warmup: int = 2) -> dict[str, A
             took = time.perf_counter() - begun
             if turn >= 0:
                 times[turn, i] = took
-    return summary({side.name: times[:, i] for i, side in enumerate(sides)}, warmup)
+    return {side.name: times[:, i] for i, side in enumerate(sides)}
 
 
 def summary(columns: dict[str, np.ndarray], warmup: int) -> dict[str, Any]:
-    """What `compare` returns, of times [repeats] of each side that were taken elsewhere; the first is ours."""
+    """What is kept of times [repeats] of each side; the first is ours.
+
+    Returns:
+        `repeats`, `warmup`;
+        `seconds`: side -> `median`, `p10`, `p90`, `min`, `drift` (second half's median over the first's, minus 1);
+        `ratios`: peer -> its median over ours;
+        `paired`: peer -> `median`, `p10`, `p90` of its time over ours, round by round.
+    """
     names = list(columns)
     ours, peers = columns[names[0]], names[1:]
     return {
@@ -206,93 +210,8 @@ def use_cpus(count: int) -> None:
         os.environ["OMP_NUM_THREADS"] = str(count)
 
 
-def environment() -> dict[str, Any]:
-    """Versions and hardware, without names of hosts, users or paths."""
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES if importlib.util.find_spec(name)}
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else psutil.cpu_count()
-    hardware = {
-        "cpu": _cpu_model(),
-        "cpus": cpus,
-        "cpus_of_machine": psutil.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "system": f"{platform.system()} {platform.machine()}",
-    }
-    if "jax" in sys.modules:
-        devices = sys.modules["jax"].devices()
-        hardware["devices"] = f"{len(devices)} x {devices[0].device_kind}"
-    return {
-        "versions": {"bertgpt_jax": bertgpt_jax.__version__, "python": platform.python_version(), **versions},
-        "hardware": hardware,
-    }
-
-
-def _cpu_model() -> str:
-    """The processor's model name; its architecture where the system does not tell."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
 def require(*modules: str, extra: str, purpose: str) -> None:
     """ConfigError naming the extra unless all `modules` can be imported."""
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"{purpose} needs {', '.join(missing)}; run: pip install 'bertgpt_jax[{extra}]'")
-
-
-# ---------------------------------------------------------------- the record
-
-
-def document(name: str, settings: dict[str, Any], result: Result, watch: Watch) -> dict[str, Any]:
-    """The JSON of a run: every number, with the machine it is of and whether it was disturbed."""
-    moved = [
-        f"{label}: {side}"
-        for label, comparison in result.comparisons.items()
-        for side, spread in comparison["seconds"].items()
-        if abs(spread["drift"]) > DRIFT
-    ]
-    return {
-        "benchmark": name,
-        "format_version": FORMAT_VERSION,
-        "loaded": watch.loaded,
-        "load": {"others": round(watch.others, 4), "stolen": round(watch.stolen, 4), "drifting": moved},
-        "ratios": {peer: round(ratio, 4) for peer, ratio in result.ratios.items()},
-        "rows": [{k: v for k, v in dataclasses.asdict(row).items() if v is not None} for row in result.rows],
-        "facts": result.facts,
-        "comparisons": result.comparisons,
-        "settings": settings,
-        **environment(),
-    }
-
-
-def table(documents: Sequence[dict[str, Any]]) -> str:
-    """Markdown of the rows of several records, a line each."""
-    lines = ["| benchmark | measure | result | bar | machine |", "|---|---|---|---|---|"]
-    for found in documents:
-        machine = found["hardware"].get("devices", "")
-        if not machine or "cpu" in machine.lower():
-            machine = f"{found['hardware']['cpus']} x {found['hardware']['cpu']}"
-        if found["loaded"]:
-            machine += f" (**disturbed**: others took {found['load']['others'] + found['load']['stolen']:.0%})"
-        for tree in found["rows"]:
-            row = Row(**tree)
-            bar = f">= {shown(row.least, row.unit)}" if row.least is not None else ""
-            bar = f"<= {shown(row.most, row.unit)}" if row.most is not None else bar
-            bar += "" if row.met else " (missed)"
-            lines.append(
-                f"| `{found['benchmark']}` | {row.measure} | {shown(row.value, row.unit)} | {bar} | {machine} |"
-            )
-    return "\n".join(lines)
-
-
-def shown(value: float, unit: str) -> str:
-    """A value with its unit, in three digits: `2.13x`, `11.2M tokens/s`, `0.45 s`."""
-    if unit == "x":
-        return f"{value:.3g}x" if value < 100 else f"{value:.0f}x"
-    for limit, factor, prefix in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "K")):
-        if abs(value) >= limit:
-            return f"{value / factor:.3g}{prefix} {unit}"
-    return f"{value:.3g} {unit}"

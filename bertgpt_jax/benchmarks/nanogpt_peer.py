@@ -120,15 +120,24 @@ def rate(schedule: dict[str, Any], step: int, steps: int) -> float:
     return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * share)))
 
 
-def held_out_loss(loss: Callable, parameters: Tensors, ids: np.ndarray, length: int, rows: int = 64) -> float:
-    """Mean over the whole split, in windows that do not overlap."""
+def held_out_loss(
+    loss: Callable, parameters: Tensors, ids: np.ndarray, length: int, rows: int = 64, plain: Callable | None = None
+) -> float:
+    """Mean over the whole split, in windows that do not overlap.
+
+    Args:
+        plain: the same function for the last, smaller batch, for whose shape nothing is to be compiled; None: `loss`.
+    """
     import torch
 
     windows = (len(ids) - 1) // length
     x = torch.from_numpy(ids[: windows * length].reshape(windows, length)).split(rows)
     y = torch.from_numpy(ids[1 : windows * length + 1].reshape(windows, length)).split(rows)
     with torch.no_grad():
-        total = sum(loss(parameters, a, b).item() * len(a) for a, b in zip(x, y, strict=True))
+        total = sum(
+            (loss if len(a) == rows else plain or loss)(parameters, a, b).item() * len(a)
+            for a, b in zip(x, y, strict=True)
+        )
     return total / windows
 
 
@@ -143,7 +152,7 @@ def train(config: dict[str, Any], compiled: bool, eval_every: int) -> None:
     ids, held_out, words = read(config)
     parameters, loss = make_parameters(config["model"], words), loss_function(config["model"])
     optimizer = make_optimizer(parameters, stage["optimizer"])
-    run = torch.compile(loss) if compiled else loss
+    run = torch.compile(loss, dynamic=False) if compiled else loss
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = rate(stage["schedule"], step, steps)
@@ -154,7 +163,7 @@ def train(config: dict[str, Any], compiled: bool, eval_every: int) -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if (step + 1) % eval_every == 0 or step + 1 == steps:
-            found = held_out_loss(loss, parameters, held_out, length)
+            found = held_out_loss(run, parameters, held_out, length, plain=loss)
             print(f"step {step + 1:,} held out: loss {found:.4f}", flush=True)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import Field
 
-from bertgpt_jax.benchmarks.harness import Result, Row
+from bertgpt_jax.benchmarks.harness import Result, Row, summary
 from bertgpt_jax.benchmarks.processes import TRAIN, started
 from bertgpt_jax.config import Config, to_json
 from bertgpt_jax.corpus.config import CorpusConfig, HashSplit, WordPieceConfig
@@ -37,7 +37,7 @@ class Settings(Config):
     vocabulary: int = Field(default=30_522, ge=110)
     length: int = Field(default=128, ge=16)
     rows: int = Field(default=4, ge=1)
-    rounds: int = Field(default=2, ge=1, description="starts of each kind")
+    rounds: int = Field(default=3, ge=1, description="starts of each kind")
     timeout: float = Field(default=300.0, gt=0, description="seconds that a start may take")
 
 
@@ -61,13 +61,19 @@ def run(settings: Settings) -> Result:
 
 
 def _result(settings: Settings, seconds: dict[str, list[float]]) -> Result:
-    median = {name: float(np.median(values)) for name, values in seconds.items()}
+    """Median seconds of each kind of start; of warm over cold, the median over the rounds, each of which has a pair."""
+    columns = {name: np.array(values) for name, values in seconds.items()}
     shape = f"BERT L{settings.layers} D{settings.hidden} V{settings.vocabulary} S{settings.length} B{settings.rows}"
-    rows = [Row(f"{shape}, process start to first step done: {name}", value, "s") for name, value in median.items()]
+    rows = [
+        Row(f"{shape}, process start to first step done: {name}", float(np.median(values)), "s")
+        for name, values in columns.items()
+    ]
+    comparisons = {}
     for loop in ("scan", "unrolled"):
-        ratio = median[f"{loop}, warm"] / median[f"{loop}, cold"]
-        rows.append(Row(f"{shape}, {loop}: warm over cold", ratio, "x", most=WARM_OVER_COLD))
-    return Result(tuple(rows), {}, {}, {"seconds": seconds})
+        cold, warm = f"{loop}, cold", f"{loop}, warm"
+        comparisons[loop] = found = summary({cold: columns[cold], warm: columns[warm]}, 0)
+        rows.append(Row(f"{shape}, {loop}: warm over cold", found["paired"][warm]["median"], "x", most=WARM_OVER_COLD))
+    return Result(tuple(rows), comparisons, {}, {"seconds": seconds})
 
 
 def _config(settings: Settings, root: Path, unroll: bool) -> RunConfig:

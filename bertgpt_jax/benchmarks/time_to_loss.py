@@ -1,7 +1,7 @@
 """Benchmark `time_to_loss`: seconds from a command to a held-out loss, start-up included, beside a nanoGPT in PyTorch.
 
 The run is `configs/gpt/shakespeare_char.py`, with the same model, optimizer, schedule and evaluations on all sides,
-each a process of its own that begins with the raw text. Ours compiles anew.
+each a process of its own that begins with the raw text. Ours compiles anew. Sides take turns, run by run.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import Field
 
-from bertgpt_jax.benchmarks.harness import Result, Row, require
+from bertgpt_jax.benchmarks.harness import Result, Row, require, summary
 from bertgpt_jax.benchmarks.processes import TRAIN, started
 from bertgpt_jax.config import Config, load_config, to_json
 from bertgpt_jax.errors import DataError
@@ -37,6 +38,7 @@ class Settings(Config):
     steps: int = Field(default=2000, ge=200)
     eval_every: int = Field(default=100, ge=1)
     sides: tuple[Name, ...] = ("ours", "eager", "compile")
+    rounds: int = Field(default=3, ge=1, description="runs of each side, by turns")
     kept: str = Field(
         default="", description="a file in which finished sides are kept: a call that was cut off goes on behind them"
     )
@@ -44,38 +46,44 @@ class Settings(Config):
 
 
 def run(settings: Settings) -> Result:
-    """Trains each side until its loss is low enough."""
+    """Trains the sides by turns, each until its loss is low enough."""
     if set(settings.sides) & {"eager", "compile"}:
         require("torch", extra="parity", purpose="benchmark time_to_loss")
     text = Path(settings.text)
     if not text.is_file():
         raise DataError(f"benchmark time_to_loss: no text at '{text}'; name one with text=FILE")
     kept = Path(settings.kept) if settings.kept else None
-    same = settings.model_dump(mode="json", exclude={"sides", "kept", "timeout"})
+    same = settings.model_dump(mode="json", exclude={"sides", "kept", "timeout", "rounds"})
     found: dict[str, Any] = json.loads(kept.read_text("utf-8")) if kept and kept.is_file() else {}
-    if found.get("settings") != same:
-        found = {"settings": same, "sides": {}}
-    for side in settings.sides:
-        if side not in found["sides"]:
-            found["sides"][side] = _train(side, settings, text.absolute())
+    if found.get("settings") != same or "rounds" not in found:
+        found = {"settings": same, "rounds": []}
+    rounds = found["rounds"]
+    for n in range(settings.rounds):
+        rounds += [{}] * (len(rounds) <= n)
+        for side in settings.sides:
+            if side in rounds[n]:
+                continue
+            rounds[n] = rounds[n] | {side: _train(side, settings, text.absolute())}
             if kept:
                 kept.write_text(json.dumps(found), "utf-8")
-    return _result(settings, {side: found["sides"][side] for side in settings.sides})
+    return _result(settings, [{side: tree[side] for side in settings.sides} for tree in rounds[: settings.rounds]])
 
 
-def _result(settings: Settings, found: dict[str, dict[str, Any]]) -> Result:
+def _result(settings: Settings, rounds: list[dict[str, dict[str, Any]]]) -> Result:
+    """A row a side, and where ours is among them each peer's paired ratio; `rounds` is kept whole."""
+    columns = {side: np.array([tree[side]["seconds"] for tree in rounds]) for side in settings.sides}
     rows = [
-        Row(f"shakespeare (char), start to held-out loss {settings.target:g}: {side}", tree["seconds"], "s")
-        for side, tree in found.items()
+        Row(f"shakespeare (char), start to held-out loss {settings.target:g}: {side}", float(np.median(taken)), "s")
+        for side, taken in columns.items()
     ]
-    ratios = {}
-    if "ours" in found:
-        ratios = {side: tree["seconds"] / found["ours"]["seconds"] for side, tree in found.items() if side != "ours"}
-        rows += [
-            Row(f"the same, {side} over ours", ratio, "x", 1.0 if side == "eager" else None)
-            for side, ratio in ratios.items()
-        ]
-    return Result(tuple(rows), {}, ratios, {"sides": found})
+    if "ours" not in columns:
+        return Result(tuple(rows), {}, {}, {"rounds": rounds})
+    found = summary({"ours": columns["ours"]} | columns, 0)
+    rows += [
+        Row(f"the same, {side} over ours", spread["median"], "x", 1.0 if side == "eager" else None)
+        for side, spread in found["paired"].items()
+    ]
+    return Result(tuple(rows), {"seconds to the loss": found}, found["ratios"], {"rounds": rounds})
 
 
 def _train(side: str, settings: Settings, text: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from bertgpt_jax.commands.common import (
     run_command,
     select_platform,
 )
-from bertgpt_jax.errors import DataError, MachineBusy, UsageError
+from bertgpt_jax.errors import DataError, MachineBusy, UsageError, UserError
 from bertgpt_jax.training.heap import keep_freed_memory
 
 UNTIMED = frozenset({"hlo", "memory_ladder"})
@@ -71,17 +71,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--print-settings", action="store_true", help="show the benchmark's settings and stop")
     parser.add_argument("--table", nargs="*", type=Path, metavar="FILE", help="Markdown rows of results; no measuring")
+    parser.add_argument(
+        "--readme", type=Path, metavar="FILE", help="with --table: write them there, between markers"
+    )
     add_platform(parser)
     return run_command(_benchmark, parser, argv)
 
 
 def _benchmark(args: argparse.Namespace) -> int:
-    from bertgpt_jax.benchmarks import harness
+    from bertgpt_jax.benchmarks import harness, record
     from bertgpt_jax.config import apply_overrides, to_json
 
     if args.table is not None:
-        print(harness.table(read_results(args.table)))
-        return 0
+        return _show_results(args.table, args.readme)
+    if args.readme:
+        raise UsageError("--readme goes with --table, which writes the results of docs/results into it")
     if args.name not in BENCHMARKS:
         raise UsageError(f"benchmark '{args.name or ''}' is unknown; known: {', '.join(BENCHMARKS)}")
     check_outputs(args.json)
@@ -109,10 +113,24 @@ def _benchmark(args: argparse.Namespace) -> int:
     begun = time.perf_counter()
     with harness.Watch() as watch:
         result = module.run(settings)
-    found = harness.document(args.name, settings.model_dump(mode="json"), result, watch if timed else around)
+    malloc = "kept" if args.keep_freed_memory and not on_gpu else "system"
+    found = record.document(args.name, settings.model_dump(mode="json"), result, watch if timed else around, malloc)
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     _report(found, args, time.perf_counter() - begun)
+    if result.failures:
+        raise UserError(f"benchmark {args.name} found failures: {'; '.join(result.failures)}")
+    return 0
+
+
+def _show_results(files: Sequence[Path], readme: Path | None) -> int:
+    from bertgpt_jax.benchmarks import record
+
+    found = read_results(files)
+    if readme is None:
+        print(record.table(found))
+    else:
+        record.into_readme(readme, found)
     return 0
 
 
@@ -124,13 +142,12 @@ def share_gpu() -> None:
 
 
 def _report(found: dict[str, Any], args: argparse.Namespace, seconds: float) -> None:
-    from bertgpt_jax.benchmarks import harness
+    from bertgpt_jax.benchmarks.harness import Row
+    from bertgpt_jax.benchmarks.record import bar, shown
 
-    for tree in found["rows"]:
-        row = harness.Row(**tree)
-        bar = f"   (at least {harness.shown(row.least, row.unit)})" if row.least is not None else ""
-        bar = f"   (at most {harness.shown(row.most, row.unit)})" if row.most is not None else bar
-        print(f"  {row.measure:72} {harness.shown(row.value, row.unit):>16}{bar}{'' if row.met else '  MISSED'}")
+    for row in (Row(**tree) for tree in found["rows"]):
+        line = f"  {row.measure:72} {shown(row.value, row.unit):>16}   {bar(row).replace('missed', 'MISSED')}"
+        print(line.rstrip())
     if found["load"]["drifting"]:
         print(f"warning: times moved while measuring: {', '.join(found['load']['drifting'])}", file=sys.stderr)
     if found["loaded"]:
@@ -140,13 +157,13 @@ def _report(found: dict[str, Any], args: argparse.Namespace, seconds: float) -> 
     print(f"{found['benchmark']} took {seconds:.0f} s{where}")
 
 
-def read_results(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """The records in `paths`; without any, those in `docs/results` below the current directory.
+def read_results(paths: Sequence[Path], folder: Path = Path("docs/results")) -> list[dict[str, Any]]:
+    """The records in `paths`, in the order of `BENCHMARKS`; without any, those in `folder`.
 
     Raises:
         DataError: a file given by name is no record; none is found.
     """
-    files = list(paths) or sorted(Path("docs/results").glob("*.json"))
+    files = list(paths) or sorted(folder.glob("*.json"))
     found = []
     for path in files:
         try:
@@ -158,5 +175,6 @@ def read_results(paths: Sequence[Path]) -> list[dict[str, Any]]:
         elif paths:
             raise DataError(f"{path}: no result of a benchmark; write one with tools/benchmark.py NAME --json {path}")
     if not found:
-        raise DataError("no results of benchmarks in docs/results; run from a checkout, or name the files")
-    return found
+        raise DataError(f"no results of benchmarks in {folder}; run from a checkout, or name the files")
+    names = list(BENCHMARKS)
+    return sorted(found, key=lambda tree: names.index(tree["benchmark"]) if tree["benchmark"] in names else len(names))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+from typing import Any
 
 import pytest
 
-from bertgpt_jax.benchmarks import harness
+from bertgpt_jax.benchmarks import harness, record
 from bertgpt_jax.benchmarks.harness import Result, Row, Side, Watch, compare
-from bertgpt_jax.errors import ConfigError
+from bertgpt_jax.commands.benchmark import read_results
+from bertgpt_jax.errors import ConfigError, DataError
 
 
 def sleeper(name: str, seconds: float, log: list[str]) -> Side:
@@ -34,8 +36,8 @@ def test_drift_is_the_second_half_over_the_first():
     durations = iter([0.005, 0.005, 0.02, 0.02])
     found = compare([Side("ours", lambda: None, lambda _: time.sleep(next(durations)))], repeats=4, warmup=0)
     assert found["seconds"]["ours"]["drift"] > 1
-    record = harness.document("x", {}, Result((), {"main": found}), quiet())
-    assert record["load"]["drifting"] == ["main: ours"]
+    found = record.document("x", {}, Result((), {"main": found}), quiet())
+    assert found["load"]["drifting"] == ["main: ours"]
 
 
 def quiet(others: float = 0.0) -> Watch:
@@ -63,21 +65,81 @@ def test_the_clocks_of_the_machine_are_read():
     assert after[3] - before[3] >= 0.15 and after[0] - before[0] >= 0.15  # they tick every 10 ms
 
 
+def fake_record(**more: Any) -> dict[str, Any]:
+    rows = (
+        Row("a speed", 2.125, "x", least=2.0),
+        Row("a rate", 5.5e6, "tokens/s", least=1e7),
+        Row("time", 0.5, "s", detail=True),
+        Row("errors", 0.0, "", most=0.0),
+    )
+    result = Result(rows, {"a": {"seconds": {"ours": {"drift": 0.3}, "peer": {"drift": 0.0}}}}, {"eager": 2.3}, {})
+    return json.loads(json.dumps(record.document("fake", {"rows": 4}, result, quiet()))) | more
+
+
 def test_a_record_names_no_host_and_becomes_table_rows():
-    rows = (Row("a speed", 2.125, "x", least=2.0), Row("a rate", 5.5e6, "tokens/s", least=1e7), Row("time", 0.5, "s"))
-    record = harness.document("fake", {"rows": 4}, Result(rows, {}, {"eager": 2.3}, {"loss": 1.0}), quiet())
-    record = json.loads(json.dumps(record))
-    assert record["ratios"] == {"eager": 2.3} and record["settings"] == {"rows": 4}
-    assert record["versions"]["numpy"] and record["hardware"]["cpus"] >= 1
-    text = json.dumps(record)
-    assert harness.platform.node() not in text or not harness.platform.node()
+    found = fake_record()
+    assert found["ratios"] == {"eager": 2.3} and found["settings"] == {"rows": 4} and found["malloc"] == "system"
+    assert found["versions"]["numpy"] and found["hardware"]["cpus"] >= 1
+    text = json.dumps(found)
+    assert record.platform.node() not in text or not record.platform.node()
     assert "/home" not in text and "/root" not in text
-    lines = harness.table([record]).splitlines()
-    assert len(lines) == 5
+    lines = record.table([found]).splitlines()
+    assert len(lines) == 6
     assert "| a speed | 2.12x | >= 2x |" in lines[2]
     assert "| a rate | 5.5M tokens/s | >= 10M tokens/s (missed) |" in lines[3]
-    disturbed = harness.document("fake", {}, Result(rows, {}), quiet(0.4))
-    assert disturbed["loaded"] and "**disturbed**" in harness.table([disturbed])
+    assert "| errors | 0 | <= 0 |" in lines[5]
+
+
+def test_a_table_says_what_else_happened():
+    (line,) = record.table([fake_record()]).splitlines()[2:3]
+    assert "times moved while measuring (1 of 2 sides)" in line and "malloc" not in line and "disturbed" not in line
+    disturbed = record.document(
+        "fake", {}, Result((Row("a", 1.0, "x"),), {}, failures=("b differs",)), quiet(0.4), "kept"
+    )
+    said = record.table([disturbed])
+    assert disturbed["loaded"] and "**disturbed**, others took 40%" in said
+    assert "malloc kept freed memory" in said and "**failed**: b differs" in said
+
+
+def test_the_readme_gets_the_rows_between_its_markers(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text(f"before\n{record.BEGIN}\nold\n{record.END}\nafter\n")
+    compiled = fake_record(benchmark="other", settings={"topology": "v5e:4x4"}, malloc="kept")
+    record.into_readme(path, [fake_record(), compiled])
+    text = path.read_text()
+    assert text.startswith("before\n") and text.endswith(f"{record.END}\nafter\n") and "old" not in text
+    assert "| `fake` | a speed | 2.12x | >= 2x |" in text and "| time |" not in text, "details stay in the JSON"
+    assert "- `other`: compiled for v5e:4x4, which was not there, jax " in text
+    assert "- `fake`: times moved while measuring (1 of 2 sides)." in text and "- `other`: malloc kept" in text
+    stamp = path.stat().st_mtime_ns
+    record.into_readme(path, [fake_record(), compiled])
+    assert path.stat().st_mtime_ns == stamp, "nothing to write"
+
+
+@pytest.mark.parametrize(
+    "text", ["none", f"{record.BEGIN}", f"{record.END}{record.BEGIN}", f"{record.BEGIN * 2}{record.END}"]
+)
+def test_a_readme_without_its_markers(text, tmp_path):
+    (tmp_path / "README.md").write_text(text)
+    with pytest.raises(DataError, match="README.md: it must have the lines"):
+        record.into_readme(tmp_path / "README.md", [fake_record()])
+    assert (tmp_path / "README.md").read_text() == text
+
+
+def test_the_readme_has_what_the_records_say(repository):
+    """Else: tools/benchmark.py --table --readme README.md"""
+    found = read_results([], repository / "docs" / "results")
+    written = record.readme_parts(repository / "README.md")[1]
+    assert written.strip() == record.block(found)
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [(2.125, "x", "2.12x"), (4307.2, "MiB", "4,307 MiB"), (12345.0, "MiB", "12,345 MiB"), (0.0, "", "0"),
+     (5.5e6, "tokens/s", "5.5M tokens/s"), (0.45, "s", "0.45 s")],
+)  # fmt: skip
+def test_values_are_shown_in_three_digits(value, unit, text):
+    assert record.shown(value, unit) == text
 
 
 def test_a_missing_peer_is_one_line_naming_the_extra():

@@ -48,7 +48,7 @@ def test_decoding_and_what_its_techniques_give():
         if len(os.sched_getaffinity(0)) > 1:
             assert "prefill: with one thread" in said and "decoding: with one thread" in said
     assert all(np.isfinite(row.value) for row in result.rows)
-    assert [row.least for row in result.rows if "over transformers" in row.measure] == [1.6, None]
+    assert [row.least for row in result.rows if "decoding over transformers" in row.measure] == [1.6, None]
 
 
 class Fixed:

@@ -138,7 +138,6 @@ def shape_config(program: Program, stage: StageConfig, segment: Segment) -> Stag
     return build(StageConfig, stage.model_dump(mode="json") | shape | {"batch_ramp": (), "length_ramp": ()}, "ramp")
 
 
-def compute_on(config: RunConfig, mesh: Mesh) -> ComputeConfig:
 def padded_shape(rows: int, length: int, shards: int, most: int) -> tuple[int, int]:
     """(rows that `shards` divide, parts): the fewest parts that have no more than `most` positions, if any have."""
     size = -(-rows // shards) * shards
@@ -146,6 +145,7 @@ def padded_shape(rows: int, length: int, shards: int, most: int) -> tuple[int, i
     return size, next((k for k in parts if size // k * length <= most), size // shards)
 
 
+def compute_on(config: RunConfig, mesh: Mesh) -> ComputeConfig:
     """How the model is computed on a mesh, which may be of devices that are not here (ahead-of-time compilation)."""
     compute = config.execution.compute
     settings = {

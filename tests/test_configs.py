@@ -81,16 +81,18 @@ PLANNED = [name for name in NAMES if "\nPlan: " in docstring(name)]
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "gpt3/175b" else pytest.mark.long) for n in PLANNED])
 def test_the_plan_that_a_config_names(name: str) -> None:
-    """Its place, bytes, utilisation and days are what the planner says of it today, within the models' own error."""
+    """Its places, bytes, utilisation and days are what the planner says of it today, within the models' own error."""
     verdict = r"^Plan: +(\S+) fits: ([\d.]+) of ([\d.]+) GiB a chip \(.*\), MFU (\d+)%, ([\d.]+) days predicted$"
-    topology, needs, has, mfu, days = re.search(verdict, docstring(name), re.MULTILINE).groups()
-    prepared = prepare(load_config(name, RunConfig), parse(topology))
-    plan = as_json(make_plan(prepared, compiling=False))
-    assert plan["fits"] and f"planned here for {topology}" in docstring(name)
-    assert plan["hbm_bytes"] / 2**30 == pytest.approx(float(has), abs=0.01)
-    assert plan["bytes_per_device"] / 2**30 == pytest.approx(float(needs), rel=0.10)
-    assert plan["predicted_mfu"] * 100 == pytest.approx(float(mfu), abs=3)
-    assert plan["days"] == pytest.approx(float(days), rel=0.10, abs=0.05)
+    found = re.findall(verdict, docstring(name), re.MULTILINE)
+    places = re.search(r"planned here for (.*)$", docstring(name), re.MULTILINE)[1]
+    assert found and [topology for topology, *_ in found] == re.findall(r"[\w]+:[\dx]+", places)
+    for topology, needs, has, mfu, days in found:
+        plan = as_json(make_plan(prepare(load_config(name, RunConfig), parse(topology)), compiling=False))
+        assert plan["fits"]
+        assert plan["hbm_bytes"] / 2**30 == pytest.approx(float(has), abs=0.01)
+        assert plan["bytes_per_device"] / 2**30 == pytest.approx(float(needs), rel=0.10)
+        assert plan["predicted_mfu"] * 100 == pytest.approx(float(mfu), abs=3)
+        assert plan["days"] == pytest.approx(float(days), rel=0.10, abs=0.05)
 
 
 def test_what_is_planned_for_pods_says_so() -> None:

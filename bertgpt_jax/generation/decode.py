@@ -122,6 +122,7 @@ class GptDecoder:
         real_BS = (slots_S >= cache.starts_B[:, None]).astype(jnp.int32)
         mask = AttentionMask(
             causal=True,
+            sees_itself=True,
             q_positions_BT=cache.slot[None, None],
             kv_positions_BS=slots_S,
             q_segments_BT=jnp.ones((1, 1), jnp.int32),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import logging
+from collections.abc import Hashable
 from typing import Literal, NamedTuple
 
 import jax
@@ -13,7 +13,7 @@ import numpy as np
 from bertgpt_jax.errors import ConfigError
 from bertgpt_jax.nn import cudnn, ring, sequence, splash, tokamax_attention
 from bertgpt_jax.nn.layers import constrain, dropout
-from bertgpt_jax.nn.masks import AttentionMask
+from bertgpt_jax.nn.masks import AttentionMask, blind_to_zeros
 from bertgpt_jax.shapes import Array, Heads
 
 MASKED = -1e30
@@ -80,11 +80,10 @@ def dot_product_attention(
     """
     dropping = key is not None and dropout_rate > 0
     shards = sequence.split().shards if q_BTNH.shape[1] == k_BSNH.shape[1] else 1
-    settings = q_BTNH.shape, k_BSNH.shape[1], q_BTNH.dtype, mask, dropping
     zigzag = choice.zigzag and shards > 1
-    if shards > 1 and choose_form(choice, *settings, shards) == "ring":
+    path = choose(choice, q_BTNH.shape, k_BSNH.shape[1], q_BTNH.dtype, mask, dropping, shards)
+    if path == "ring":
         return ring.ring_attention(q_BTNH, k_BSNH, v_BSNH, mask, zigzag)
-    path = choose_path(choice, *settings, shards)
     if path == "splash":
         emulated = choice.emulate and choice.platform != "tpu"
         return splash.splash_attention(q_BTNH, k_BSNH, v_BSNH, mask, zigzag, emulated)
@@ -96,6 +95,26 @@ def dot_product_attention(
         k_BSNH, v_BSNH = (constrain(x, "batch", None, "act_heads", None) for x in (k_BSNH, v_BSNH))
     order = sequence.zigzag_order(q_BTNH.shape[1], shards) if zigzag else None
     return reference_attention(q_BTNH, k_BSNH, v_BSNH, mask, dropout_rate, key, order)
+
+
+def choose(
+    choice: PathChoice,
+    q_shape: tuple[int, ...],
+    kv_length: int,
+    dtype: jnp.dtype,
+    mask: AttentionMask,
+    dropping: bool,
+    shards: int,
+) -> Literal["ring"] | Path:
+    """What computes attention of these shapes under this mask: a ring, or the path that serves.
+
+    Raises:
+        ConfigError: what is wanted cannot serve; the message says why.
+    """
+    settings = q_shape, kv_length, dtype, mask, dropping, shards
+    if shards > 1 and choose_form(choice, *settings) == "ring":
+        return "ring"
+    return choose_path(choice, *settings)
 
 
 def choose_form(
@@ -115,7 +134,7 @@ def choose_form(
     found = ring.obstacles(q_shape, kv_length, mask, dropping)
     if choice.wanted in _KERNELS:
         found = [f"it is computed by XLA, and execution.compute.attention = '{choice.wanted}'", *found]
-    shape = f"{q_shape[1]} positions in {shards} shards, {q_shape[2]} heads of {q_shape[3]}"
+    shape = _described(q_shape, kv_length, dtype, shards)
     if choice.form == "ring" and found:
         raise ConfigError(
             f"execution.compute.context_attention = 'ring' cannot serve {shape}: {'; '.join(found)}; "
@@ -123,10 +142,12 @@ def choose_form(
         )
     if choice.form != "auto":
         return choice.form
-    path = choose_path(choice, q_shape, kv_length, dtype, mask, dropping, shards)
+    path, why = _found_path(choice, q_shape, kv_length, dtype, mask, dropping, shards)
     chosen = "all_gather" if found or path != "reference" else "ring"
-    why = f", as {path} computes it" if path != "reference" else f", as a ring cannot serve: {'; '.join(found)}"
-    _say_once(f"attention ({shape}): {chosen}" + (why if chosen == "all_gather" else ""))
+    if chosen == "all_gather" and path == "reference":
+        why = f"{why}; keys and values are gathered, as a ring cannot serve: {'; '.join(found)}"
+    said = f"ring, {why}" if chosen == "ring" else f"{path}, {why}"
+    _say_once((choice, shape, jax.tree.structure(mask)), f"attention ({shape}): {said}")
     return chosen
 
 
@@ -139,7 +160,9 @@ def choose_path(
     dropping: bool,
     shards: int = 1,
 ) -> Path:
-    """The path that serves these shapes; `auto` says once which it is and why.
+    """The path that serves these shapes; what is chosen, and why, is said once for shapes and a mask.
+
+    That is what training has, which drops probabilities where the model does; evaluation may have a faster one.
 
     Args:
         q_shape: (B, T, N, H).
@@ -149,27 +172,54 @@ def choose_path(
     Raises:
         ConfigError: the wanted path cannot serve.
     """
+    path, why = _found_path(choice, q_shape, kv_length, dtype, mask, dropping, shards)
+    if choice.wanted != "reference":
+        shape = _described(q_shape, kv_length, dtype, shards)
+        _say_once((choice, shape, jax.tree.structure(mask)), f"attention ({shape}): {path}, {why}")
+    return path
+
+
+def _found_path(
+    choice: PathChoice,
+    q_shape: tuple[int, ...],
+    kv_length: int,
+    dtype: jnp.dtype,
+    mask: AttentionMask,
+    dropping: bool,
+    shards: int,
+) -> tuple[Path, str]:
+    """`choose_path`, and why it is that one."""
     wanted, platform = choice.wanted, choice.platform
     path = PREFERRED.get(platform, "reference") if wanted == "auto" else wanted
     if path == "reference":
-        return path
+        return path, f"the path of {platform}" if wanted == "auto" else "as asked for"
     found = _KERNELS[path](q_shape, kv_length, dtype, mask, dropping, shards)
     owner = next((name for name, preferred in PREFERRED.items() if preferred == path), platform)
     if owner != platform and not (choice.emulate and path == "splash"):
         found = [f"it runs on {owner}, not on {platform}", *found]
-    shape = f"{q_shape[1]} x {kv_length}, {q_shape[2]} heads of {q_shape[3]}, {jnp.dtype(dtype).name}"
-    if found and wanted != "auto":
-        raise ConfigError(
-            f"execution.compute.attention = '{wanted}' cannot serve {shape}: {'; '.join(found)}; use auto or reference"
-        )
-    chosen = "reference" if found else path
-    _say_once(f"attention ({shape}): {chosen}" + (f", as {path} cannot serve: {'; '.join(found)}" if found else ""))
-    return chosen
+    if not found:
+        return path, f"the kernel of {platform} serves" if wanted == "auto" else "as asked for"
+    if wanted == "auto":
+        return "reference", f"as {path} cannot serve: {'; '.join(found)}"
+    shape = _described(q_shape, kv_length, dtype, shards)
+    raise ConfigError(
+        f"execution.compute.attention = '{wanted}' cannot serve {shape}: {'; '.join(found)}; use auto or reference"
+    )
 
 
-@functools.cache
-def _say_once(message: str) -> None:
-    log.info(message)
+def _described(q_shape: tuple[int, ...], kv_length: int, dtype: jnp.dtype, shards: int) -> str:
+    parts = f" in {shards} shards" if shards > 1 else ""
+    return f"{q_shape[1]} x {kv_length}{parts}, {q_shape[2]} heads of {q_shape[3]}, {jnp.dtype(dtype).name}"
+
+
+_said: set[Hashable] = set()
+
+
+def _say_once(what: Hashable, message: str) -> None:
+    """Logs the first message of each `what`."""
+    if what not in _said:
+        _said.add(what)
+        log.info(message)
 
 
 def reference_attention(
@@ -196,11 +246,9 @@ def reference_attention(
     if allowed is not None:
         scores_BNTS = jnp.where(allowed, scores_BNTS, MASKED)
     weights_BNTS = jax.nn.softmax(scores_BNTS, axis=-1)
-    if mask.allowed_BNTS is not None:
-        weights_BNTS = jnp.where(allowed, weights_BNTS, 0.0)
     arrange = None if order is None else lambda keep_BNTS: keep_BNTS[:, :, order][..., order]
     weights_BNTS = dropout(weights_BNTS.astype(q_BTNH.dtype), dropout_rate, key, arrange)
-    return jnp.einsum("BNTS,BNSH->BNTH", weights_BNTS, v_BNSH).swapaxes(1, 2)
+    return blind_to_zeros(jnp.einsum("BNTS,BNSH->BNTH", weights_BNTS, v_BNSH).swapaxes(1, 2), mask, k_BSNH.shape[1])
 
 
 class KeyValues(NamedTuple):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import flax.linen as nn
 import jax
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from bertgpt_jax.shapes import Array, Heads
 
@@ -28,10 +29,12 @@ def on_each_device(attend: Callable, heads: tuple[Heads, Heads, Heads], *rows: A
 
 
 def local_shape(q_shape: tuple[int, ...]) -> tuple[int, ...]:
-    """(B, T, N, H) of one device's share."""
+    """(B, T, N, H) of one device's share; of those that differ, the largest."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return tuple(q_shape)
-    # axes that a `shard_map` around this one has taken are not in the spec, and shapes of shards cannot be asked for
-    plain = AbstractMesh(mesh.axis_sizes, mesh.axis_names)
-    return NamedSharding(plain, PartitionSpec(*nn.logical_to_mesh_axes(AXES))).shard_shape(tuple(q_shape))
+    shards = []
+    for axes in nn.logical_to_mesh_axes(AXES):
+        names = (axes,) if isinstance(axes, str) else axes or ()
+        shards.append(math.prod(mesh.shape[name] for name in names))
+    return tuple(-(-size // count) for size, count in zip(q_shape, shards, strict=True))

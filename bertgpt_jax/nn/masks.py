@@ -5,7 +5,7 @@ from __future__ import annotations
 import flax.struct
 import jax.numpy as jnp
 
-from bertgpt_jax.shapes import Array
+from bertgpt_jax.shapes import Array, Heads
 
 
 @flax.struct.dataclass
@@ -22,6 +22,7 @@ class AttentionMask:
             lengths read this instead.
         max_segments: segments of a row at most, padding's included, where queries and keys are the same row and each
             segment lies together, ids ascending and padding last; None: not known.
+        sees_itself: every query is among the keys, and no part forbids it itself; so no query is left without a key.
         allowed_BNTS: any explicit boolean array broadcastable to [B, N, T, S] (permutation language models).
     """
 
@@ -35,6 +36,7 @@ class AttentionMask:
     causal: bool = flax.struct.field(pytree_node=False, default=False)
     window: int | None = flax.struct.field(pytree_node=False, default=None)
     max_segments: int | None = flax.struct.field(pytree_node=False, default=None)
+    sees_itself: bool = flax.struct.field(pytree_node=False, default=False)
 
     def to_array(self, q_length: int, kv_length: int) -> Array | None:
         """bool, broadcastable to [B, N, T, S]: True where attention is allowed; None when everything is."""
@@ -60,6 +62,27 @@ class AttentionMask:
             allowed = allowed & part
         return allowed
 
+    def may_blind(self, q_length: int, kv_length: int) -> bool:
+        """Whether a query may be left without a key."""
+        if self.allowed_BNTS is not None:
+            return True
+        if self.sees_itself:
+            return False
+        placed = self.q_positions_BT is not None or self.kv_positions_BS is not None
+        between = self.q_segments_BT is not None and self.kv_segments_BS is not None
+        far = self.window is not None and q_length - kv_length >= self.window
+        return between or far or (placed and (self.causal or self.window is not None))
+
+
+def blind_to_zeros(out_BTNH: Heads, mask: AttentionMask, kv_length: int) -> Heads:
+    """What attention gave, with zeros for queries that `mask` leaves no key; untouched where it can leave none so."""
+    length = out_BTNH.shape[1]
+    if not mask.may_blind(length, kv_length):
+        return out_BTNH
+    allowed = mask.to_array(length, kv_length)
+    sees_BTN1 = jnp.any(allowed, -1).swapaxes(1, 2)[..., None]
+    return jnp.where(sees_BTN1, out_BTNH, jnp.zeros((), out_BTNH.dtype))
+
 
 def untellable(mask: AttentionMask, q_length: int, kv_length: int) -> list[str]:
     """What of a mask no kernel can be told that knows causality and the lengths of rows alone: a sentence each."""
@@ -83,6 +106,7 @@ def causal_mask(segments_BT: Array | None = None, max_segments: int | None = Non
     """
     return AttentionMask(
         causal=True,
+        sees_itself=True,
         q_segments_BT=segments_BT,
         kv_segments_BS=segments_BT,
         max_segments=None if max_segments is None else max_segments + 1,
@@ -99,4 +123,4 @@ def segment_mask(segments_BT: Array, packed: bool = True, max_segments: int | No
     if packed:
         return causal_mask(segments_BT, max_segments).replace(causal=False)
     lengths_B = jnp.sum(segments_BT > 0, axis=1, dtype=jnp.int32)
-    return AttentionMask(q_segments_BT=segments_BT, kv_segments_BS=segments_BT, lengths_B=lengths_B)
+    return AttentionMask(sees_itself=True, q_segments_BT=segments_BT, kv_segments_BS=segments_BT, lengths_B=lengths_B)

@@ -16,7 +16,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from bertgpt_jax.nn import sequence
-from bertgpt_jax.nn.masks import AttentionMask
+from bertgpt_jax.nn.masks import AttentionMask, blind_to_zeros
 from bertgpt_jax.shapes import Array, Heads
 
 LANES = 128
@@ -69,6 +69,8 @@ def splash_attention(
 ) -> Heads:
     """softmax(q k^T / sqrt(H)) v under `mask`, result in q's dtype; call it where `obstacles` finds none.
 
+    A query that the mask leaves nothing to attend to yields zeros.
+
     Runs on each device's rows and heads alone (`jax.shard_map` over the mesh in force, split as the logical axes of
     activations say). Where the mesh splits the sequence, a device gathers all keys and values for its queries, and
     skips the blocks that are masked for them.
@@ -77,6 +79,15 @@ def splash_attention(
         zigzag: a sequence that the mesh splits lies in zigzag order (`nn.sequence`).
         interpret: emulates the kernel on any platform, slowly.
     """
+    out_BTNH = _attend(q_BTNH, k_BSNH, v_BSNH, mask, zigzag, interpret)
+    if zigzag:
+        order = sequence.zigzag_order(q_BTNH.shape[1], sequence.split().shards)[None]
+        mask = mask.replace(q_positions_BT=order, kv_positions_BS=order)
+    return blind_to_zeros(out_BTNH, mask, k_BSNH.shape[1])
+
+
+def _attend(q_BTNH: Heads, k_BSNH: Heads, v_BSNH: Heads, mask: AttentionMask, zigzag: bool, interpret: bool) -> Heads:
+    """`splash_attention`, queries without a key left as the kernel leaves them: with the mean of some values."""
     segments = (mask.q_segments_BT, mask.kv_segments_BS)
     if segments[0] is None:  # the kernel is mapped over rows, so every row brings its own
         segments = None
@@ -93,7 +104,7 @@ def splash_attention(
         kernel = make(shape, head_shards=heads // local_heads, shards=lies.shards, zigzag=zigzag)
     else:  # the same on every device (jax fails to divide the description of a mask that leaves nothing out)
         kernel = make((local_heads, local_length, shape[2]))
-        by_head = NamedSharding(mesh, PartitionSpec(None, None))
+        by_head = NamedSharding(by_head.mesh, PartitionSpec(None, None))
     mapped = jax.shard_map(
         partial(_local_attention, lies, zigzag),
         in_specs=(kernel.manual_sharding_spec(by_head), spec, spec, spec, PartitionSpec(*spec[:2])),

@@ -79,6 +79,59 @@ def test_a_query_without_keys_yields_zeros_and_finite_gradients() -> None:
     assert not np.any(grads[0][:, 2])
 
 
+OTHERS = np.array([[1, 1, 3, 3, 3, 3], [1, 2, 1, 2, 2, 2]])
+BLIND = {
+    "other segments": AttentionMask(q_segments_BT=SEGMENTS, kv_segments_BS=OTHERS),
+    "causal, other segments": AttentionMask(causal=True, q_segments_BT=SEGMENTS[:, ::-1], kv_segments_BS=OTHERS),
+    "keys that come later": AttentionMask(causal=True, kv_positions_BS=np.arange(T)[None] + 2),
+    "keys out of the window": AttentionMask(window=2, q_positions_BT=np.array([[0, 1, 2, 9, 10, 11]])),
+    "keys of another row": AttentionMask(
+        q_segments_BT=np.ones((B, T), int), kv_segments_BS=np.array([[1] * T, [2] * T])
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BLIND)
+def test_queries_that_any_part_of_the_mask_leaves_nothing(name: str) -> None:
+    """Zeros, no share in any gradient, and the others as they are."""
+    mask, (q, k, v) = BLIND[name], inputs()
+    allowed = np.broadcast_to(mask.to_array(T, T), (B, N, T, T))
+    blind = ~allowed.any(-1).swapaxes(1, 2)
+    assert blind.any() and not blind.all() and mask.may_blind(T, T)
+    out, pull = jax.vjp(lambda *x: dot_product_attention(*x, mask), q, k, v)
+    np.testing.assert_allclose(out, attention64(q, k, v, allowed), rtol=2e-5, atol=2e-6)
+    assert not np.any(np.asarray(out)[blind])
+    grads = pull(jnp.broadcast_to(jnp.where(blind[..., None], 1e3, 0.0), out.shape))
+    assert not any(np.any(g) for g in grads)
+
+
+def test_more_queries_than_a_window_reaches() -> None:
+    q, k, v = (x[:, :length] for x, length in zip(inputs(), (T, 2, 2), strict=True))
+    mask = AttentionMask(window=2)
+    assert mask.may_blind(T, 2) and not mask.may_blind(3, 2)
+    out = np.asarray(dot_product_attention(q, k, v, mask))
+    assert not out[:, 3:].any() and out[:, :3].any(-1).all()
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        AttentionMask(),
+        AttentionMask(causal=True, window=2),
+        causal_mask(),
+        causal_mask(SEGMENTS),
+        segment_mask(SEGMENTS),
+        segment_mask(SEGMENTS, packed=False),
+    ],
+)
+def test_masks_that_leave_every_query_a_key_cost_nothing(mask: AttentionMask) -> None:
+    """Among the traced operations is no reduction of the mask."""
+    assert np.asarray(mask.to_array(T, T) if mask.to_array(T, T) is not None else True).any(-1).all()
+    assert "reduce_or" not in str(jax.make_jaxpr(lambda *x: dot_product_attention(*x, mask))(*inputs()))
+    blind = BLIND["other segments"]
+    assert "reduce_or" in str(jax.make_jaxpr(lambda *x: dot_product_attention(*x, blind))(*inputs()))
+
+
 def test_gradient_of_forbidden_keys_is_zero() -> None:
     q, k, v = inputs()
     _, pull = jax.vjp(lambda *x: dot_product_attention(*x, segment_mask(SEGMENTS)), q, k, v)

@@ -53,15 +53,47 @@ def test_auto_takes_packed_rows_to_cudnn_where_it_can() -> None:
         assert choose("auto", "gpu", known) == "reference"
 
 
-def test_auto_says_once_what_and_why(caplog: pytest.LogCaptureFixture) -> None:
-    attention._say_once.cache_clear()
+@pytest.mark.parametrize(
+    ("platform", "dtype", "why"),
+    [
+        ("gpu", "float32", "reference, as cudnn cannot serve: dtype float32 is none of bfloat16, float16 "
+         "(set execution.compute.dtype=bfloat16)"),
+        ("gpu", "bfloat16", "cudnn, the kernel of gpu serves"),
+        ("tpu", "float32", "splash, the kernel of tpu serves"),
+        ("cpu", "float32", "reference, the path of cpu"),
+    ],
+)  # fmt: skip
+def test_auto_says_once_what_and_why(
+    platform: str, dtype: str, why: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training, which may drop probabilities, speaks first; evaluation of the same shape adds no line."""
+    monkeypatch.setattr(attention, "_said", set())
     with caplog.at_level(logging.INFO):
         for _ in range(3):
-            choose("auto", "gpu", causal_mask(), "float32")
-    assert caplog.messages == [
-        "attention (128 x 128, 4 heads of 64, float32): reference, as cudnn cannot serve: dtype float32 is none of "
-        "bfloat16, float16 (set execution.compute.dtype=bfloat16)"
-    ]
+            choose("auto", platform, causal_mask(), dtype)
+        choose("auto", platform, causal_mask(), dtype, dropping=True)
+        choose("reference", platform, causal_mask(), dtype)
+    assert caplog.messages == [f"attention (128 x 128, 4 heads of 64, {dtype}): {why}"]
+
+
+@pytest.mark.parametrize(
+    ("platform", "dropping", "why"),
+    [
+        ("cpu", False, "ring, the path of cpu"),
+        ("cpu", True, "reference, the path of cpu; keys and values are gathered, as a ring cannot serve: it has no "
+         "dropout of attention probabilities (set model.attention_dropout=0)"),
+        ("tpu", False, "splash, the kernel of tpu serves"),
+    ],
+)  # fmt: skip
+def test_auto_says_one_line_of_a_split_sequence(
+    platform: str, dropping: bool, why: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_said", set())
+    with caplog.at_level(logging.INFO):
+        attention.choose(
+            PathChoice("auto", platform), (2, 512, 4, 64), 512, jnp.dtype("float32"), causal_mask(), dropping, 2
+        )
+    assert caplog.messages == [f"attention (512 x 512 in 2 shards, 4 heads of 64, float32): {why}"]
 
 
 @pytest.mark.parametrize(

@@ -78,10 +78,8 @@ def both(attention: Callable, mask: AttentionMask, q, k, v, g) -> tuple:
 
 
 def reference(mask: AttentionMask, *qkvg: jax.Array) -> tuple:
-    """The reference, which gives rows with nothing to see zeros for explicit masks only."""
-    allowed = mask.to_array(LENGTH, LENGTH)
-    explicit = AttentionMask(allowed_BNTS=jnp.ones((1, 1, 1, 1), bool) if allowed is None else allowed)
-    return both(reference_attention, explicit, *qkvg)
+    """`both` of the reference."""
+    return both(reference_attention, mask, *qkvg)
 
 
 def reordered(tree, order: np.ndarray):

@@ -15,9 +15,9 @@ from bertgpt_jax.nn.splash import obstacles, splash_attention
 LENGTH = 256
 
 
-def _inputs(heads: int = 1, width: int = 64, rows: int = 2) -> tuple[jax.Array, ...]:
+def _inputs(heads: int = 1, width: int = 64, rows: int = 2, dtype: str = "float32") -> tuple[jax.Array, ...]:
     rng = np.random.default_rng(0)
-    return tuple(jnp.asarray(rng.standard_normal((rows, LENGTH, heads, width)), jnp.float32) for _ in range(4))
+    return tuple(jnp.asarray(rng.standard_normal((rows, LENGTH, heads, width)), dtype) for _ in range(4))
 
 
 def _segments(rows: int = 2) -> jax.Array:
@@ -36,27 +36,52 @@ def _masks() -> dict[str, AttentionMask]:
         "causal window": AttentionMask(causal=True, window=40),
         "segments": AttentionMask(q_segments_BT=ids, kv_segments_BS=ids),
         "causal segments": AttentionMask(causal=True, q_segments_BT=ids, kv_segments_BS=ids),
+        "queries without a key": AttentionMask(q_segments_BT=ids, kv_segments_BS=jnp.where(ids == 2, 4, ids)),
+        "causal, queries without a key": AttentionMask(
+            causal=True, q_segments_BT=ids, kv_segments_BS=jnp.roll(ids, 150, 1)
+        ),
     }
+
+
+def _both(attention, mask: AttentionMask, q, k, v, g) -> tuple[jax.Array, ...]:
+    """(output, gradients) of sum(output * g)."""
+
+    def loss(q, k, v):
+        out = attention(q, k, v, mask)
+        return jnp.sum(out.astype(jnp.float32) * g), out
+
+    (_, out), grads = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+    return out, *grads
+
+
+def _emulated(*qkv_mask) -> jax.Array:
+    return splash_attention(*qkv_mask, interpret=True)
 
 
 @pytest.mark.parametrize("name", list(_masks()))
 def test_equals_the_reference(name: str) -> None:
-    *qkv, g = _inputs()
-    mask = _masks()[name]
-    assert obstacles(qkv[0].shape, LENGTH, jnp.float32, mask, dropping=False) == []
+    qkvg, mask = _inputs(), _masks()[name]
+    assert obstacles(qkvg[0].shape, LENGTH, jnp.float32, mask, dropping=False) == []
+    want, got = _both(dot_product_attention, mask, *qkvg), _both(_emulated, mask, *qkvg)
+    allowed = np.asarray(True if mask.to_array(LENGTH, LENGTH) is None else mask.to_array(LENGTH, LENGTH))
+    blind = ~np.broadcast_to(allowed, (2, 1, LENGTH, LENGTH)).any(-1)[:, 0]
+    assert blind.any() == ("without a key" in name)
+    assert not np.asarray(got[0])[blind].any() and not np.asarray(got[1])[blind].any()
+    for ours, reference, tolerance in zip(got, want, (2e-6, 2e-5, 2e-5, 2e-5), strict=True):
+        np.testing.assert_allclose(ours, reference, atol=tolerance)
 
-    def loss(attention, q, k, v):
-        out = attention(q, k, v, mask)
-        return jnp.sum(out * g), out
 
-    def both(attention):
-        return jax.value_and_grad(lambda *a: loss(attention, *a), argnums=(0, 1, 2), has_aux=True)(*qkv)
-
-    (_, want), want_grads = both(dot_product_attention)
-    (_, got), got_grads = both(lambda *a: splash_attention(*a, interpret=True))
-    np.testing.assert_allclose(got, want, atol=2e-6)
-    for ours, reference in zip(got_grads, want_grads, strict=True):
-        np.testing.assert_allclose(ours, reference, atol=2e-5)
+@pytest.mark.parametrize(("width", "dtype", "tolerance"), [(128, "float32", 2e-6), (64, "bfloat16", 0.02)])
+def test_wider_heads_and_bfloat16(width: int, dtype: str, tolerance: float) -> None:
+    """bf16: against the reference in fp32 of the same numbers, within a few roundings of the largest."""
+    *qkv, g = _inputs(width=width, dtype=dtype)
+    mask, wide = _masks()["causal segments"], [x.astype(jnp.float32) for x in (*qkv, g)]
+    assert obstacles(qkv[0].shape, LENGTH, jnp.dtype(dtype), mask, dropping=False) == []
+    want, got = _both(dot_product_attention, mask, *wide), _both(_emulated, mask, *qkv, wide[3])
+    for ours, reference in zip(got, want, strict=True):
+        assert ours.dtype == dtype
+        atol = tolerance * max(1.0, np.abs(reference).max())
+        np.testing.assert_allclose(ours.astype(jnp.float32), reference, atol=10 * atol if dtype == "float32" else atol)
 
 
 def test_on_a_mesh_each_device_computes_its_rows_and_heads() -> None:

@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import importlib.util
 import json
+import re
 import sys
 import traceback
 import types
@@ -133,6 +134,10 @@ def _explain_one(problem: Any, tree: Any) -> str:
     if not name:
         return rule
     shown = problem.get("input")
+    if problem["type"] == "literal_error" and isinstance(shown, str):
+        known = re.findall("'([^']*)'", problem["ctx"]["expected"])
+        close = difflib.get_close_matches(shown, known, 1, 0.5)
+        rule = f"did you mean '{close[0]}'? {rule}" if close else rule
     return f"{name}: {rule}" if isinstance(shown, dict | Config) else f"{name} = {shown!r}: {rule}"
 
 

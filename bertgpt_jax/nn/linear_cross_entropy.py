@@ -74,9 +74,7 @@ def linear_cross_entropy(
         ConfigError: `chunk` does not divide T, or the shards of the sequence do not divide `chunk`.
     """
     length = x_BTD.shape[1]
-    if chunk < 1 or length % chunk:
-        divisors = [n for n in range(1, length + 1) if length % n == 0]
-        raise ConfigError(f"head chunk {chunk} does not divide {length} positions; use one of {divisors}")
+    check_chunk(chunk, length)
     words = table_VD.shape[0] if words is None else words
     bias_V = jnp.zeros(table_VD.shape[0], table_VD.dtype) if bias_V is None else bias_V
     mesh = jax.sharding.get_abstract_mesh()
@@ -91,17 +89,39 @@ def linear_cross_entropy(
     shards = math.prod(mesh.shape[axis] for axis in vocab)
     if table_VD.shape[0] % shards:
         raise ConfigError(f"a vocabulary of {table_VD.shape[0]} rows is not divisible by mesh {vocab} = {shards}")
-    lies = sequence.split()
-    if length % lies.shards:  # a few masked positions: every shard of the sequence computes them all
-        lies = sequence.WHOLE
-    if chunk % lies.shards:
-        fitting = [n for n in range(lies.shards, length + 1, lies.shards) if length % n == 0]
-        raise ConfigError(
-            f"head chunk {chunk} is not divisible by mesh {lies.axes} = {lies.shards}, over which it spreads; "
-            f"use one of {fitting}"
-        )
+    lies = _spread(length)
     settings = _Settings(chunk // lies.shards, z_loss, label_smoothing, words, rows, vocab, lies.axes)
     return HeadLoss(*_weighted_loss(settings, mesh, x_BTD, table_VD, bias_V, labels_BT, weights_BT))
+
+
+def check_chunk(chunk: int, length: int) -> None:
+    """Whether the logits of `length` scored positions a row can be computed `chunk` positions at a time.
+
+    Raises:
+        ConfigError: `chunk` does not divide them, or the shards of the sequence, under the mesh in force, not `chunk`.
+    """
+    name, fitting = f"execution.compute.head_chunk = {chunk}", fitting_chunks(length)
+    use = f"use one of {', '.join(map(str, fitting))}"
+    if chunk < 1 or length % chunk:
+        raise ConfigError(f"{name} does not divide the {length} scored positions of a row; {use}")
+    if chunk not in fitting:
+        shards = _spread(length).shards
+        raise ConfigError(f"{name} is not divisible by the {shards} shards of the sequence it spreads over; {use}")
+
+
+def fitting_chunks(length: int) -> list[int]:
+    """What `check_chunk` takes for `length` positions, ascending."""
+    shards = _spread(length).shards
+    return [n for n in range(shards, length + 1, shards) if length % n == 0]
+
+
+def _spread(length: int) -> sequence.Split:
+    """The shards that a chunk of `length` positions spreads over; where they do not divide those, each has all.
+
+    Those are a few masked positions.
+    """
+    lies = sequence.split()
+    return sequence.WHOLE if length % lies.shards else lies
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -16,6 +16,7 @@ from bertgpt_jax.errors import ConfigError
 from bertgpt_jax.parallel.mesh import fully_sharded, make_mesh
 from bertgpt_jax.parallel.sharding import batch_shards, bytes_per_device
 from bertgpt_jax.training import setup
+from bertgpt_jax.training.paths import head_chunks, scored_positions
 from bertgpt_jax.training.run_config import RunConfig, StageConfig, with_changes
 
 SETTINGS_SHOWN = 3
@@ -147,8 +148,8 @@ def _others(program: setup.Program, shape: StageConfig) -> Iterator[tuple[str, s
     compute = config.execution.compute
     if compute.remat != "full":
         yield "execution.compute.remat=full", _with_execution(program, "compute", {"remat": "full"}), shape
-    scored = round(config.objective.scored_share(shape.sequence_length) * shape.sequence_length)
-    chunks = [n for n in range(1, scored) if scored % n == 0 and n < (compute.head_chunk or scored)]
+    scored = scored_positions(config, shape.sequence_length)
+    chunks = [n for n in head_chunks(config, program.mesh) if n < (compute.head_chunk or scored)]
     if chunks:
         chunk = _middle(chunks)
         other = _with_execution(program, "compute", {"head_chunk": chunk})

@@ -24,7 +24,6 @@ from bertgpt_jax.training.data import check_enough
 from bertgpt_jax.training.facts import shared_facts
 from bertgpt_jax.training.fingerprint import state_fingerprint
 from bertgpt_jax.training.guards import PreemptionGuard
-from bertgpt_jax.training.hardware import check_fp8
 from bertgpt_jax.training.heap import keep_freed_memory
 from bertgpt_jax.training.loop import Loop
 from bertgpt_jax.training.metrics import MetricWriter, duration
@@ -93,8 +92,7 @@ def train(
         keep_freed_memory()
     workdir = storage.workdir_path(workdir_text)
     mesh = make_mesh(config.execution.mesh)
-    setup.check_batches(config, mesh)
-    check_fp8(setup.compute_on(config, mesh), mesh.devices.flat[0])
+    setup.check_settings(config, mesh)
     processes.on_primary(storage.check_writable, workdir)
     exports.check(config.execution.export, workdir)
     if from_step is not None:

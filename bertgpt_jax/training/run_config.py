@@ -237,8 +237,9 @@ def with_changes(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
 
 def execution_here(config: RunConfig) -> dict[str, Any]:
     """How a run's model is evaluated on this machine's devices, which may be others than it was trained on."""
-    execution = config.execution.model_dump(mode="json")
-    return execution | {"mesh": MeshConfig().model_dump(), "compute": execution["compute"] | {"matmul": "same"}}
+    execution, asked = config.execution.model_dump(mode="json"), config.execution.compute
+    here = {"matmul": "same", "attention": "reference" if asked.attention == "reference" else "auto"}
+    return execution | {"mesh": MeshConfig().model_dump(), "compute": execution["compute"] | here}
 
 
 def with_vocabulary(config: RunConfig, vocab_size: int) -> RunConfig:

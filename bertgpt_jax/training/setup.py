@@ -27,6 +27,7 @@ from bertgpt_jax.parallel import context, pipeline, replicas, sharding
 from bertgpt_jax.shapes import PyTree
 from bertgpt_jax.training.data import make_held_out, make_train
 from bertgpt_jax.training.hardware import check_fp8, warn_fp8
+from bertgpt_jax.training.paths import check_paths
 from bertgpt_jax.training.run_config import RunConfig, StageConfig, stage_steps
 from bertgpt_jax.training.step import eval_step, init_state, train_step
 
@@ -155,11 +156,11 @@ def compute_on(config: RunConfig, mesh: Mesh) -> ComputeConfig:
     return build(ComputeConfig, compute.model_dump() | settings, "compute")
 
 
-def make_program(config: RunConfig, mesh: Mesh) -> Program:
-    """The model of a config (vocabulary known) laid out on a mesh; allocates nothing.
+def check_settings(config: RunConfig, mesh: Mesh) -> ComputeConfig:
+    """`compute_on`, after everything that can be refused of a config on a mesh while no vocabulary is known.
 
     Raises:
-        ConfigError: a parameter dimension or a batch that the mesh does not divide; a setting that needs other devices.
+        ConfigError: a batch that the mesh does not divide; a setting that needs other devices, shapes or masks.
     """
     check_batches(config, mesh)
     if config.dropout_prng == "philox" and mesh.size > 1:
@@ -169,10 +170,26 @@ def make_program(config: RunConfig, mesh: Mesh) -> Program:
         )
     compute = compute_on(config, mesh)
     check_fp8(compute, mesh.devices.flat[0])
+    stages, shards = pipeline_on(config, mesh), sharding.batch_shards(mesh)
     for stage in config.stages:
+        most = stage.batch_size * stage.sequence_length // stage.microbatches
         for segment in stage.ramp().segments:
-            name = f"stages.{stage.name}: sequence_length"
-            context.check_length(segment.sequence_length, compute.zigzag, mesh, name)
+            length, name = segment.sequence_length, f"stages.{stage.name}: sequence_length"
+            context.check_length(length, compute.zigzag, mesh, name)
+            size, parts = padded_shape(segment.batch_size, length, shards, most)
+            rows = size // parts
+            rows //= (stages.microbatches(rows) if stages else 0) or 1
+            check_paths(config, compute, mesh, rows, length)
+    return compute
+
+
+def make_program(config: RunConfig, mesh: Mesh) -> Program:
+    """The model of a config (vocabulary known) laid out on a mesh; allocates nothing.
+
+    Raises:
+        ConfigError: as `check_settings`; a parameter dimension that the mesh does not divide.
+    """
+    compute = check_settings(config, mesh)
     model = make_model(config.model, compute, pipeline_on(config, mesh))
     first = config.stages[0]
     rows = config.objective.abstract_batch(1, first.sequence_length)

@@ -87,7 +87,8 @@ def test_bfloat16_keeps_sums_in_fp32_and_no_full_logits() -> None:
 
 @pytest.mark.parametrize("chunk", [0, 5, 24])
 def test_a_chunk_that_does_not_divide(chunk: int) -> None:
-    with pytest.raises(ConfigError, match=f"chunk {chunk} does not divide 12 positions; use one of .1, 2, 3, 4, 6, 12"):
+    rule = "does not divide the 12 scored positions of a row; use one of 1, 2, 3, 4, 6, 12$"
+    with pytest.raises(ConfigError, match=f"execution.compute.head_chunk = {chunk} {rule}"):
         linear_cross_entropy(*_operands(), chunk=chunk)
 
 

@@ -168,7 +168,7 @@ def test_refusals(kind: str, mesh: dict, compute: dict, message: str) -> None:
             ["'cudnn' cannot serve", "splits the sequence into 2"],
         ),
         (dict(attention="splash", platform="tpu"), ["'splash' cannot serve", "not multiples of 128"]),
-        (dict(head_chunk=1), ["head chunk 1", "= 2", "use one of [2, 4, 8, 16, 32]"]),
+        (dict(head_chunk=1), ["head_chunk = 1", "the 2 shards", "use one of 2, 4, 8, 16, 32"]),
     ],
     ids=str,
 )

@@ -31,7 +31,7 @@ SUBLANES = 8
 """Rows of a TPU's vector register: what is left of a dimension should be a multiple of it."""
 
 SMALL = 2**16
-"""Elements up to which a parameter stays whole: a collective of its own would cost more than its bytes."""
+"""Elements below which a parameter stays whole: a collective of its own would cost more than its bytes."""
 
 
 def spread(abstract_params: PyTree, shardings: PyTree, mesh: Mesh) -> PyTree:
@@ -52,7 +52,7 @@ def spread(abstract_params: PyTree, shardings: PyTree, mesh: Mesh) -> PyTree:
     found = jax.tree.map(lambda leaf, lies: _split(leaf.shape, lies, count, mesh), abstract_params, shardings)
     if found == shardings:
         raise ConfigError(
-            f"execution.shard_optimizer: no parameter of more than {SMALL:,} numbers has a dimension that "
+            f"execution.shard_optimizer: no parameter of {SMALL:,} numbers or more has a dimension that "
             f"mesh.{REPLICAS} = {count} divides; set it to false, or use another mesh"
         )
     return found
@@ -61,7 +61,7 @@ def spread(abstract_params: PyTree, shardings: PyTree, mesh: Mesh) -> PyTree:
 def _split(shape: tuple[int, ...], lies: NamedSharding, count: int, mesh: Mesh) -> NamedSharding:
     entries = [*lies.spec, *(None,) * (len(shape) - len(lies.spec))]
     sizes = [length // axis_size(mesh, entry) for length, entry in zip(shape, entries, strict=True)]
-    able = [i for i, size in enumerate(sizes) if size % count == 0] if math.prod(shape) > SMALL else []
+    able = [i for i, size in enumerate(sizes) if size % count == 0] if math.prod(shape) >= SMALL else []
     if not able:
         return lies
 

@@ -8,12 +8,18 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from bertgpt_jax.config import build
+from bertgpt_jax.corpus.config import CorpusConfig
 from bertgpt_jax.errors import ConfigError
+from bertgpt_jax.models.bert import BertConfig
+from bertgpt_jax.models.gpt import GptConfig
+from bertgpt_jax.objectives.causal_lm import CausalLM
+from bertgpt_jax.objectives.masked_lm_nsp import MaskedLMNSP
 from bertgpt_jax.parallel import replicas, sharding
 from bertgpt_jax.parallel.hlo_text import Computations, in_loops, parse
 from bertgpt_jax.parallel.mesh import MeshConfig, make_mesh
 from bertgpt_jax.parallel.replicas import Links, spread, sum_of_replicas
-from bertgpt_jax.training.run_config import with_changes
+from bertgpt_jax.training.run_config import RunConfig, with_changes
 from bertgpt_jax.training.setup import lower_train_step, make_program
 
 FAST = {"xla_backend_optimization_level": 0}
@@ -67,7 +73,7 @@ def test_nothing_to_share_is_an_error() -> None:
     with pytest.raises(ConfigError, match="shard_optimizer.*mesh.data = 1"):
         spread({"a": leaf(4096, 4096)}, {"a": lying(mesh)}, mesh)
     mesh = make_mesh(MeshConfig(data=8))
-    with pytest.raises(ConfigError, match="no parameter of more than 65,536 numbers.*= 8 divides"):
+    with pytest.raises(ConfigError, match="no parameter of 65,536 numbers or more .*= 8 divides"):
         spread({"a": leaf(64, 64)}, {"a": lying(mesh)}, mesh)
 
 
@@ -76,6 +82,22 @@ def test_the_error_comes_before_anything_is_compiled(runs) -> None:
     config = with_changes(config, {"execution": config.execution.model_dump() | {"shard_optimizer": True}})
     with pytest.raises(ConfigError, match="shard_optimizer"):
         make_program(config, make_mesh(config.execution.mesh))
+
+
+@pytest.mark.parametrize("kind", ["gpt", "bert"])
+def test_attention_kernels_inside_a_replicas_share(kind: str) -> None:
+    """Masks that leave pairs out, and masks that leave none, of rows that a replica computes alone."""
+    sizes = dict(vocab_size=64, max_positions=128, num_layers=1, hidden_size=64, num_heads=1, intermediate_size=64)
+    family, objective = (GptConfig, CausalLM()) if kind == "gpt" else (BertConfig, MaskedLMNSP())
+    stage = dict(steps=1, sequence_length=128, batch_size=4, microbatches=2, schedule=dict(kind="constant", peak=1e-3))
+    tree = dict(
+        corpus=CorpusConfig(path="unused"), model=family(**sizes, hidden_dropout=0.0, attention_dropout=0.0),
+        objective=objective, stages=(stage,),
+        execution=dict(mesh=dict(data=2), compute=dict(attention="splash", emulate=True)),
+    )  # fmt: skip
+    config = build(RunConfig, tree, "test")
+    program = make_program(config, make_mesh(config.execution.mesh, jax.devices()[:2]))
+    assert "reduce" in lower_train_step(program, config.stages[0]).as_text()
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ class _Optimizer(Config):
 
     @property
     def state_kind(self) -> str:
-        """What a stage must share with the one before to take over its moments."""
+        """What a stage must share with another to take over its moments: states of a kind have the same leaves."""
         return self.kind
 
     @field_validator("no_decay")
@@ -133,6 +133,11 @@ class Lamb(_Adam):
     adapt_all: bool = False
     pre_normalize: bool = False
 
+    @property
+    def state_kind(self) -> str:
+        """As Adam's; normalising first moves the moments one place on."""
+        return super().state_kind + (" after pre_normalize" if self.pre_normalize else "")
+
     def build(self) -> optax.GradientTransformation:
         """The transformation at rate 1."""
         parts = [normalize_by_global_norm()] if self.pre_normalize else []
@@ -152,6 +157,13 @@ class Adafactor(_Optimizer):
     decay_rate: float = Field(default=0.8, gt=0, lt=1)
     momentum: float | None = Field(default=None, ge=0, lt=1)
     relative_step: bool = Field(default=True, description="multiply updates by the parameter's root mean square")
+
+    @property
+    def state_kind(self) -> str:
+        """Momentum is kept, behind what `relative_step` adds."""
+        if self.momentum is None:
+            return self.kind
+        return f"{self.kind} (momentum{', relative_step' if self.relative_step else ''})"
 
     def build(self) -> optax.GradientTransformation:
         """The transformation at rate 1."""

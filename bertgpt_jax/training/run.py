@@ -214,8 +214,9 @@ class _Session:
         if self.from_step is not None:
             stage = next((s for s in self.stages if self.from_step <= s.stop), self.stages[-1])
             return self.checkpoints.rewind(setup.stage_state(self.program, stage.config), self.from_step)
-        for stage in reversed(self.stages):  # the newest checkpoint may be of a stage with another optimizer
-            if any(before.config.optimizer.kind != stage.config.optimizer.kind for before in self.stages):
+        for stage in reversed(self.stages):  # the newest checkpoint may be of a stage with other moments
+            kind = stage.config.optimizer.state_kind
+            if any(other.config.optimizer.state_kind != kind for other in self.stages):
                 latest = self.checkpoints.latest()
                 if latest is None or not stage.start < latest <= stage.stop:
                     continue

@@ -260,3 +260,29 @@ def test_muon_orthogonalizes_each_layers_matrix() -> None:
 def test_bad_settings_are_refused(fields: dict, message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         TypeAdapter(Optimizer).validate_python(fields)
+
+
+def test_states_of_one_kind_have_the_same_leaves_and_no_others() -> None:
+    """What stages are checked by before a run, and a resume finds the right stage's state by."""
+    configs = [
+        *OPTIMIZERS,
+        AdamW(first_moment="bfloat16"),
+        AdamW(second_moment="factored", weight_decay=0.0),
+        Adafactor(relative_step=False, clip_norm=None),
+        Adafactor(momentum=0.9),
+        Adafactor(momentum=0.5, weight_decay=0.0),
+        Adafactor(momentum=0.9, relative_step=False),
+        Lion(weight_decay=0.0),
+        Muon(consistent_rms=None),
+    ]
+
+    def leaves(config: Optimizer) -> dict:
+        state = flatten(jax.eval_shape(config.build().init, tree(0)))
+        return {path: (leaf.shape, leaf.dtype) for path, leaf in state.items()}
+
+    for one in configs:
+        for other in configs:
+            if one.kind == other.kind:  # adamw and lamb happen to have the same
+                assert (one.state_kind == other.state_kind) == (leaves(one) == leaves(other)), (one, other)
+            else:
+                assert one.state_kind != other.state_kind

@@ -192,3 +192,37 @@ def test_another_identity(config: Path, copied: Callable, capsys: pytest.Capture
     new, old = (rows(config, name)[-1]["optim/learning_rate"] for name in ("identity", "first"))
     assert new > 1.5 * old
     assert train(config, "identity", f"{peak}=0.02", steps=FIRST + 1) == 0, "the workdir is the new one's now"
+
+
+ADAMW = ('{"kind": "adamw"}', '{"kind": "adamw", "first_moment": "bfloat16", "second_moment": "factored"}')
+ADAFACTOR = ('{"kind": "adafactor"}', '{"kind": "adafactor", "momentum": 0.9}')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizers", [ADAMW, pytest.param(ADAFACTOR, marks=pytest.mark.long)], ids=["adamw", "ada"])
+def test_stages_with_other_moments(config: Path, optimizers: tuple[str, str], capsys: pytest.CaptureFixture) -> None:
+    """A run that is taken up in its first stage, and at its boundary, finds each stage's own state."""
+    tree = json.loads(config.read_text())
+    (stage,) = tree["stages"]
+    first, second = (
+        stage | {"name": name, "steps": 4, "optimizer": json.loads(optimizer)}
+        for name, optimizer in zip(("first", "second"), optimizers, strict=True)
+    )
+    tree["stages"] = [first, second | {"reset_optimizer": True}]
+    tree["execution"] |= {"save_every": 2, "keep": 9, "eval_every": None}
+    tree["model"] |= {"num_layers": 1}
+    name = f"moments-{first['optimizer']['kind']}"
+    (config.parent / f"{name}.json").write_text(json.dumps(tree))
+    workdir = config.parent / name
+    call = [str(config.parent / f"{name}.json"), "--workdir", str(workdir)]
+    assert main(call) == 0
+    metrics, end = (workdir / "metrics.jsonl").read_bytes(), status(config, name)["state_fingerprint"]
+    for last in (4, 2):
+        for path in (workdir / "checkpoints").iterdir():
+            if int(path.name) > last:
+                shutil.rmtree(path)
+        capsys.readouterr()
+        assert main(call) == 0
+        assert f"resumed at step {last}" in capsys.readouterr().out
+        assert (workdir / "metrics.jsonl").read_bytes() == metrics
+        assert status(config, name)["state_fingerprint"] == end

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from bertgpt_jax.corpus.kinds import open_tokenizer
+from bertgpt_jax.errors import UserError
 from bertgpt_jax.objectives.base import Objective
 from bertgpt_jax.parallel.mesh import make_mesh
 from bertgpt_jax.training.run_config import RunConfig, StageConfig, with_steps, with_vocabulary
@@ -28,6 +30,20 @@ class Lowered(NamedTuple):
     program: Program
     stage: StageConfig
     step: Any
+
+
+def stated_vocabulary(config: RunConfig) -> int | None:
+    """What the tokenizer's config says of its size: that of a published one on this disk, else as large as it may be.
+
+    None: nothing. A corpus that was prepared may have another.
+    """
+    tokenizer = config.corpus.tokenizer
+    if tokenizer.path:
+        try:
+            return None if "://" in tokenizer.path else open_tokenizer(tokenizer).vocab_size
+        except UserError:  # told to whoever opens the corpus
+            return None
+    return getattr(tokenizer, "vocab_size", None)
 
 
 def assume_vocabulary(config: RunConfig) -> RunConfig:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
+from bertgpt_jax.errors import ConfigError
 from bertgpt_jax.training import memory, setup
-from bertgpt_jax.training.run_config import RunConfig, StageConfig, with_steps
+from bertgpt_jax.training.ahead import stated_vocabulary
+from bertgpt_jax.training.run_config import RunConfig, StageConfig, with_steps, with_vocabulary
 
 Compiled = tuple[dict[int, Callable] | None, Callable | None]
 """For a stage: segment of its ramp -> train step, and the evaluation step; (None, None) if it is over."""
@@ -20,6 +25,7 @@ class Compiler:
     """Compiles one program after another in a thread of its own; what is asked for is waited for.
 
         with Compiler(mesh, first_step) as compiler:
+            compiler.start_early(config)
             compiler.start(config)   # as soon as the config says everything; again whenever more is known
             ...
             compiler.steps(step, print)
@@ -37,15 +43,35 @@ class Compiler:
         self.first_step, self._mesh = first_step, mesh
         self._thread = ThreadPoolExecutor(1, "compiler")
         self._tasks: dict[tuple[str, StageConfig], Future[tuple[Any, float]]] = {}
+        self._given_up = threading.Event()
+        # Processes that compile together may wait for one another in the compiler: what one begins, all finish.
+        self._alone = jax.process_count() == 1
 
     def __enter__(self) -> Compiler:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._give_up()
 
-    def start(self, config: RunConfig) -> bool:
+    def start_early(self, config: RunConfig) -> None:
+        """`start` before the data are there; with the vocabulary that the tokenizer's config states, if it must be.
+
+        Whatever that leads to, `start` decides anew when the vocabulary is known: a wrong guess costs time alone, and
+        what it would raise is left to the truth.
+        """
+        if config.model.vocab_size is not None:
+            self.start(config)
+            return
+        size = stated_vocabulary(config) if self._alone else None
+        if size is not None:
+            with contextlib.suppress(ConfigError):
+                self.start(with_vocabulary(config, size), guessed=True)
+
+    def start(self, config: RunConfig, guessed: bool = False) -> bool:
         """Begins to compile if the config says all that programs depend on, which may be before its data are there.
+
+        Args:
+            guessed: the vocabulary is; nothing is warned of that depends on it.
 
         Returns:
             whether it does: the vocabulary's size must be known, and no stage be measured in epochs.
@@ -58,16 +84,24 @@ class Compiler:
         config = with_steps(config, [_no_epochs] * len(config.stages))
         if self.program is not None and self.program.config == config:
             return True
-        for task in self._tasks.values():  # of a config that turned out otherwise
-            task.cancel()
-        self._tasks.clear()
-        self.program = setup.make_program(config, self._mesh)
+        if self._tasks:  # of a config that turned out otherwise
+            self._give_up()
+            self._thread = ThreadPoolExecutor(1, "compiler")
+        self.program = setup.make_program(config, self._mesh, guessed)
         for first, stage in self._stages():
             if self.first_step < first + stage.steps:
                 for shape in dict.fromkeys(self._shapes(stage, self.first_step - first).values()):
                     self._submit("train", shape)
                 self._submit("eval", stage)
         return True
+
+    def _give_up(self) -> None:
+        """Lets go of all that was begun; of one program the compiler itself may still be at work."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._tasks.clear()
+        if self._alone:
+            self._given_up.set()
+            self._given_up = threading.Event()
 
     def steps(self, step: int, say: Callable[[str], None]) -> list[Compiled]:
         """Waits for everything that a run going on at `step` needs, so that no later shape can fail after days.
@@ -117,14 +151,17 @@ class Compiler:
 
     def _submit(self, kind: str, shape: StageConfig) -> Future[tuple[Any, float]]:
         if (kind, shape) not in self._tasks:
-            self._tasks[kind, shape] = self._thread.submit(_compile, kind, self.program, shape)
+            self._tasks[kind, shape] = self._thread.submit(_compile, kind, self.program, shape, self._given_up)
         return self._tasks[kind, shape]
 
 
-def _compile(kind: str, program: setup.Program, shape: StageConfig) -> tuple[Any, float]:
+def _compile(kind: str, program: setup.Program, shape: StageConfig, given_up: threading.Event) -> tuple[Any, float]:
     begun = time.perf_counter()
     lower = setup.lower_train_step if kind == "train" else setup.lower_eval_step
-    return lower(program, shape).compile(), time.perf_counter() - begun
+    lowered = lower(program, shape)
+    if given_up.is_set():
+        raise CancelledError
+    return lowered.compile(), time.perf_counter() - begun
 
 
 def _no_epochs(length: int) -> int:

@@ -101,7 +101,7 @@ def train(
     use_compilation_cache(config, workdir)
 
     with Compiler(mesh, processes.on_primary(_expected_step, workdir) if from_step is None else from_step) as compiler:
-        compiler.start(config)
+        compiler.start_early(config)
         corpus = open_run_corpus(config, workdir)
         config = with_vocabulary(config, corpus.vocab_size)
         compiler.start(config)

@@ -183,8 +183,11 @@ def check_settings(config: RunConfig, mesh: Mesh) -> ComputeConfig:
     return compute
 
 
-def make_program(config: RunConfig, mesh: Mesh) -> Program:
+def make_program(config: RunConfig, mesh: Mesh, guessed: bool = False) -> Program:
     """The model of a config (vocabulary known) laid out on a mesh; allocates nothing.
+
+    Args:
+        guessed: the vocabulary is; nothing is warned of that depends on it.
 
     Raises:
         ConfigError: as `check_settings`; a parameter dimension that the mesh does not divide.
@@ -207,7 +210,8 @@ def make_program(config: RunConfig, mesh: Mesh) -> Program:
 
     where = sharding.parameter_shardings(jax.eval_shape(init_params), mesh, config.execution.mesh.logical_axes())
     abstract = jax.eval_shape(init)
-    warn_fp8(compute, sum(leaf.size for leaf in jax.tree.leaves(abstract["params"])))
+    if not guessed:
+        warn_fp8(compute, sum(leaf.size for leaf in jax.tree.leaves(abstract["params"])))
     lies = state_shardings(config, abstract, where, mesh)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, lies)
     return Program(config, mesh, model, abstract, lambda: sharding.sharded_init(init, lies))

@@ -1,34 +1,34 @@
 """Benchmark `gpu_ablation`: what each technique gives a training step on one GPU, beside what was predicted.
 
-The real step with one technique more in every rung, on a batch that lies on the device. What the package has no setting
-for is taken out of it while a rung is compiled: the plain layer norm, projections as one product, the textbook's loss.
+The real step with one technique more in every rung, on a batch that lies on the device. The rungs take turns in blocks
+of steps, all on one training state, so that the memory is that of the largest. What the package has no setting for is
+taken out of it while a rung is compiled: the plain layer norm, projections as one product, the textbook's loss.
 """
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import gc
 import time
-from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from pydantic import Field
 
 from bertgpt_jax.benchmarks import cpu_bert, cpu_gpt
 from bertgpt_jax.benchmarks.gpu_cases import CASES, Case, Trial, run_config
+from bertgpt_jax.benchmarks.gpu_rungs import LADDERS, Rung, without
 from bertgpt_jax.benchmarks.gpu_sides import short, timed
 from bertgpt_jax.benchmarks.gpu_step import HELD_TO
 from bertgpt_jax.benchmarks.harness import Result, Row, summary
 from bertgpt_jax.benchmarks.memory_ladder import NaiveCausalLM, NaiveMaskedLMNSP
 from bertgpt_jax.config import Config, build
 from bertgpt_jax.errors import ConfigError
-from bertgpt_jax.nn import blocks, layers
 from bertgpt_jax.nn.blocks import ComputeConfig
 from bertgpt_jax.objectives.masked_lm_nsp import MaskedLMNSP
-from bertgpt_jax.shapes import Array, Hidden
+from bertgpt_jax.shapes import Array
 from bertgpt_jax.training import memory
 from bertgpt_jax.training.ahead import lower_step
 from bertgpt_jax.training.run_config import RunConfig, with_changes
@@ -38,55 +38,14 @@ MISS = 0.15
 WARMUP = 3
 
 
-class Rung(NamedTuple):
-    """One technique more than the rung before.
-
-    Attributes:
-        predicted: milliseconds of a step on one H200; None where nothing was predicted.
-        compute: settings of `execution.compute`.
-        naive_loss: by `log_softmax` and a gather; plain_norm: differentiated by jax; fused: q, k and v as one product
-            that is then split; everywhere: BERT's head at all positions.
-    """
-
-    name: str
-    predicted: float | None
-    compute: dict[str, Any]
-    naive_loss: bool = False
-    plain_norm: bool = False
-    fused: bool = False
-    everywhere: bool = False
-
-
-KERNEL, GELU = {"attention": "auto"}, {"attention": "auto", "remat": "gelu"}
-LADDERS: dict[str, tuple[Rung, ...]] = {
-    "gpt2": (
-        Rung("nothing", 199, {"attention": "reference"}, naive_loss=True, plain_norm=True, fused=True),
-        Rung("fused attention", 147, KERNEL, naive_loss=True, plain_norm=True, fused=True),
-        Rung("own cross-entropy", 130, KERNEL, plain_norm=True, fused=True),
-        Rung("own layer norm", 126.5, KERNEL, fused=True),
-        Rung("q, k, v as three products", 123.2, KERNEL),
-        Rung("GELU recomputed", 118, GELU),
-        Rung("loss in chunks", 119, GELU | {"head_chunk": 128}),
-        Rung("layers recomputed", 150, KERNEL | {"head_chunk": 128, "remat": "full"}),
-    ),
-    "bert_base": (
-        Rung("head everywhere", 114, KERNEL, naive_loss=True, plain_norm=True, fused=True, everywhere=True),
-        Rung("masked positions alone", 89, KERNEL, naive_loss=True, plain_norm=True, fused=True),
-        Rung("own loss, norms, products, GELU", 82, GELU),
-    ),
-}
-"""GPT-2 124M at 1,024 tokens, 64 rows; BERT-base at 128, 512 rows. Predictions are read off programs compiled for an
-H200 without one: 650 TFLOP/s in matrix products, 85% of 4.3 TB/s elsewhere. That of the last rung of the GPT is what
-recomputing costs the 1.5B model, 27%."""
-
-
 class Settings(Config):
     """Settings of the benchmark."""
 
     ladders: tuple[Literal["gpt2", "bert_base"], ...] = Field(default=("gpt2", "bert_base"), min_length=1)
-    steps: int = Field(default=30, ge=2, description="timed, of each rung")
+    block: int = Field(default=10, ge=2, description="steps of a rung's turn")
+    blocks: int = Field(default=3, ge=1, description="turns of each rung")
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    minutes: float = Field(default=3.0, gt=0, description="no rung is begun later than this")
+    minutes: float = Field(default=3.0, gt=0, description="no rung is compiled later than this")
     trial: Trial = Trial()
 
 
@@ -102,27 +61,24 @@ def run(settings: Settings) -> Result:
             "gpu_ablation at published sizes needs a GPU and jax sees none; for a trial on CPUs give "
             "trial.layers=2 trial.hidden=64 trial.heads=2 trial.vocabulary=512 trial.length=128 trial.rows=4"
         )
-    begun, rows, times, facts = time.perf_counter(), [], {}, {}
+    begun, rows, comparisons, facts = time.perf_counter(), [], {}, {}
     held = settings.trial.is_full and jax.devices()[0].device_kind.startswith(HELD_TO)
     for name in settings.ladders:
         case = settings.trial.of(CASES[name])
-        found: dict[str, Any] = {}
-        for rung in LADDERS[name]:
-            if time.perf_counter() - begun > 60 * settings.minutes:
-                found[rung.name] = {"error": f"left out: {settings.minutes:g} minutes were over"}
-            else:
-                found[rung.name] = _measured(case, rung, settings)
-            taken = found[rung.name].pop("times", None)
-            if taken is not None:
-                times[f"{name}: {rung.name}"] = summary({"ours": taken}, WARMUP)
+        found, times = climb(case, LADDERS[name], settings, begun + 60 * settings.minutes)
+        if times:
+            comparisons[name] = summary(times, WARMUP)
         label = case.label if settings.trial.is_full else f"trial of {name},"
         rows += rows_of(f"{label} T={case.length} B={case.rows}", LADDERS[name], found, held)
         facts[name] = found
-    return Result(tuple(rows), times, facts=facts)
+    return Result(tuple(rows), comparisons, facts=facts)
 
 
 def rows_of(shape: str, rungs: tuple[Rung, ...], found: dict[str, Any], held: bool) -> list[Row]:
-    """Milliseconds of each rung and its gain; writes predictions, and whether one is missed, beside what was found."""
+    """Milliseconds of each rung and its gain; writes predictions, and whether one is missed, beside what was found.
+
+    A gain is `paired_gain`, the median over the steps of both rungs; where there is none, that of the medians.
+    """
     rows, before = [], None
     for rung in rungs:
         seen = found[rung.name]
@@ -133,7 +89,8 @@ def rows_of(shape: str, rungs: tuple[Rung, ...], found: dict[str, Any], held: bo
             continue
         rows.append(Row(f"{shape}: {rung.name}", seen["ms"], "ms"))
         if before is not None:
-            gain, predicted = found[before.name]["ms"] / seen["ms"], before.predicted / rung.predicted
+            gain = seen.get("paired_gain", found[before.name]["ms"] / seen["ms"])
+            predicted = before.predicted / rung.predicted
             least, most = (predicted * (1 - MISS), predicted * (1 + MISS)) if held else (None, None)
             rows.append(Row(f"{shape}: {rung.name}, gain (predicted {predicted:.3g}x)", gain, "x", least, most))
             seen |= {"gain": gain, "predicted_gain": predicted, "missed": abs(gain / predicted - 1) > MISS}
@@ -141,18 +98,28 @@ def rows_of(shape: str, rungs: tuple[Rung, ...], found: dict[str, Any], held: bo
     return rows
 
 
-# ---------------------------------------------------------------- one rung
+# ---------------------------------------------------------------- the rungs of a ladder
+
+
+@dataclasses.dataclass
+class Held:
+    """The training state that the rungs of a ladder hand on to one another; None where the next is to draw one."""
+
+    state: Any = None
 
 
 class OnOneBatch:
     """The rung's step, over and over on one batch (a `gpu_sides.Stepper`).
+
+    Args:
+        held: the state that it goes on with, and leaves behind; its first update is of parameters of its own.
 
     Attributes:
         bytes: that a step takes.
         loss: of the first update.
     """
 
-    def __init__(self, case: Case, rung: Rung, dtype: str):
+    def __init__(self, case: Case, rung: Rung, dtype: str, held: Held | None = None):
         config, device = step_config(case, rung, dtype), jax.devices()[:1]
         objective = None
         if rung.naive_loss:
@@ -161,17 +128,22 @@ class OnOneBatch:
         jax.clear_caches()  # a trace of the rung before would be taken for this one's
         with without(rung):
             lowered = lower_step(config, device, objective=objective)
-        self._step = lowered.step.compile()
+        self._step, self._draw = lowered.step.compile(), lowered.program.init
         self.bytes = memory.step_bytes(self._step)
-        self._state = lowered.program.init()
         batch = make_batch(case, rung)
         shapes = lowered.program.abstract_batch(lowered.stage)
         self._batch = {name: jax.device_put(batch[name].astype(x.dtype), x.sharding) for name, x in shapes.items()}
+        self._held = Held()
         self.loss = float(self.update())
+        if held is not None and held.state is None:
+            held.state = self._held.state
+        self._held = held or self._held
 
     def update(self) -> Array:
         """Queues an update."""
-        self._state, metrics = self._step(self._state, self._batch)
+        state = self._draw() if self._held.state is None else self._held.state
+        self._held.state = None  # given away, also where the step fails
+        self._held.state, metrics = self._step(state, self._batch)
         return metrics["loss"]
 
     def wait(self, handle: Array) -> None:
@@ -179,22 +151,62 @@ class OnOneBatch:
         handle.block_until_ready()
 
 
-def _measured(case: Case, rung: Rung, settings: Settings) -> dict[str, Any]:
-    """`ms`, `loss`, `bytes`, `times` of a rung; `error` if it failed."""
-    begun, found = time.perf_counter(), {}
-    try:
-        side = OnOneBatch(case, rung, settings.dtype)
-        found |= {"loss": side.loss, "bytes": side.bytes}
-        timed(side, WARMUP)
-        times = timed(side, settings.steps)
-        found |= {"times": times, "ms": 1e3 * float(np.median(times))}
-    except Exception as error:  # noqa: BLE001 (out of memory, most likely: the other rungs go on)
-        found["error"] = short(error)
-    side = None
-    gc.collect()
-    said = f"{found['ms']:.1f} ms" if "ms" in found else f"FAILED: {found['error']}"
-    print(f"  {case.label}: {rung.name}: {said} ({time.perf_counter() - begun:.0f} s)", flush=True)
-    return found
+def climb(
+    case: Case, ladder: tuple[Rung, ...], settings: Settings, deadline: float
+) -> tuple[dict[str, dict[str, Any]], dict[str, np.ndarray]]:
+    """`ms`, `loss`, `bytes` of each rung, `error` where it failed or was left out; and the seconds of its steps.
+
+    Rungs are compiled one after another, as long as there is time, and then take turns.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    sides: dict[str, OnOneBatch] = {}
+    blocks: dict[str, list[np.ndarray]] = {}
+    held = Held()
+
+    def attempt(name: str, act: Callable[[], Any]) -> Any:
+        try:
+            return act()
+        except Exception as error:  # noqa: BLE001 (out of memory, most likely: the other rungs go on)
+            found[name]["error"] = short(error)
+        sides.pop(name, None)
+        blocks.pop(name, None)
+        held.state = None
+        gc.collect()  # here the error is gone, and with it the frames that held arrays
+        return None
+
+    for rung in ladder:
+        begun, name = time.perf_counter(), rung.name
+        found[name] = {}
+        if begun > deadline:
+            found[name]["error"] = f"left out: {settings.minutes:g} minutes were over"
+            continue
+        side = attempt(name, lambda rung=rung: OnOneBatch(case, rung, settings.dtype, held))
+        if side is not None:
+            sides[name] = side
+            found[name] |= {"loss": side.loss, "bytes": side.bytes, "seconds": time.perf_counter() - begun}
+    for turn in range(-1, settings.blocks):
+        for name, side in list(sides.items()):
+            steps = settings.block if turn >= 0 else WARMUP
+            took = attempt(name, lambda side=side, steps=steps: timed(side, steps))
+            if turn >= 0 and took is not None:
+                blocks.setdefault(name, []).append(took)
+    times = {name: np.concatenate(taken) for name, taken in blocks.items()}
+    _add_times(case, ladder, found, times)
+    return found, times
+
+
+def _add_times(
+    case: Case, ladder: tuple[Rung, ...], found: dict[str, dict[str, Any]], times: dict[str, np.ndarray]
+) -> None:
+    """Writes `ms` and `paired_gain` into what was found, and says so."""
+    for before, rung in zip((None, *ladder), ladder, strict=False):
+        seen, taken = found[rung.name], times.get(rung.name)
+        if taken is not None:
+            seen["ms"] = 1e3 * float(np.median(taken))
+            if before is not None and before.name in times:
+                seen["paired_gain"] = float(np.median(times[before.name] / taken))
+        said = f"{seen['ms']:.1f} ms" if "ms" in seen else f"FAILED: {seen['error']}"
+        print(f"  {case.label}: {rung.name}: {said}", flush=True)
 
 
 def step_config(case: Case, rung: Rung, dtype: str) -> RunConfig:
@@ -221,59 +233,3 @@ def make_batch(case: Case, rung: Rung) -> dict[str, np.ndarray]:
     masked = MaskedLMNSP(masking=run_config(case, ComputeConfig()).objective.masking).scored_share(case.length)
     batch = cpu_bert.make_batch(cpu_bert.Settings(**sizes, masked=masked))
     return cpu_bert.every_position(batch) if rung.everywhere else batch
-
-
-# ---------------------------------------------------------------- what is taken out
-
-
-@contextlib.contextmanager
-def without(rung: Rung) -> Iterator[None]:
-    """What is traced meanwhile has the plain layer norm and fused projections that the rung asks for."""
-    replaced = []
-    if rung.plain_norm:
-        replaced.append((layers, "layer_norm", plain_layer_norm))
-    if rung.fused:
-        replaced.append((blocks, "Attention", FusedAttention))
-    before = [(module, name, getattr(module, name)) for module, name, _ in replaced]
-    try:
-        for module, name, value in replaced:
-            setattr(module, name, value)
-        yield
-    finally:
-        for module, name, value in before:
-            setattr(module, name, value)
-
-
-def plain_layer_norm(x: Array, scale: Array, bias: Array, eps: float) -> Array:
-    """`layers.layer_norm` with the gradient that jax finds."""
-    x32 = x.astype(jnp.float32)
-    mean = jnp.mean(x32, -1, keepdims=True)
-    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32 - mean), -1, keepdims=True) + eps)
-    return ((x32 - mean) * inverse * scale + bias).astype(x.dtype)
-
-
-class FusedAttention(blocks.Attention):
-    """`Attention` whose queries, keys and values are one product, split afterwards; its parameters are the same."""
-
-    def setup(self) -> None:
-        c = self.config
-        shape, axes = (c.hidden_size, c.num_heads, c.head_size), ("embed", "heads", "head_dim")
-        self.query, self.key, self.value = (
-            layers.Einsum("BTD,DNH->BTNH", shape, axes, c.weight_init()) for _ in range(3)
-        )
-        shape, axes = (c.num_heads, c.head_size, c.hidden_size), ("heads", "head_dim", "embed")
-        self.output = layers.Einsum("BTNH,NHD->BTD", shape, axes, c.weight_init(residual=True))
-
-    def __call__(self, x_BTD: Hidden, mask: Any, cache: None = None, slot: None = None) -> tuple[Hidden, None]:
-        parts = (self.query, self.key, self.value)
-        if self.is_initializing():
-            q_BTNH, k_BTNH, v_BTNH = (part(x_BTD) for part in parts)
-        else:
-            kernel, bias = (
-                jnp.concatenate([part.variables["params"][name] for part in parts], -2).astype(x_BTD.dtype)
-                for name in ("kernel", "bias")
-            )
-            all_BTMH = jax.lax.dot_general(x_BTD, kernel, (((2,), (0,)), ((), ()))) + bias
-            q_BTNH, k_BTNH, v_BTNH = jnp.split(all_BTMH, 3, axis=2)
-        o_BTNH = blocks.dot_product_attention(q_BTNH, k_BTNH, v_BTNH, mask, choice=self.choice)
-        return self.output(o_BTNH), cache

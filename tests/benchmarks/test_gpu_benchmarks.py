@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from bertgpt_jax.benchmarks import ceilings, gpu_ablation, gpu_peers, gpu_step
-from bertgpt_jax.benchmarks.gpu_ablation import LADDERS, OnOneBatch, Rung, without
+from bertgpt_jax.benchmarks.gpu_ablation import OnOneBatch
 from bertgpt_jax.benchmarks.gpu_cases import CASES, Trial, made_up_corpus, open_batches, run_config
+from bertgpt_jax.benchmarks.gpu_rungs import LADDERS, FusedAttention, Rung, plain_layer_norm, without
 from bertgpt_jax.benchmarks.gpu_sides import timed
 from bertgpt_jax.benchmarks.gpu_step import Measured, rows_of, utilisation
 from bertgpt_jax.benchmarks.harness import look_around
@@ -189,7 +190,7 @@ def test_published_sizes_are_refused_on_cpus(monkeypatch: pytest.MonkeyPatch) ->
 def test_techniques_change_no_loss(name: str, rung: int) -> None:
     """Every rung computes the same function, BERT's with the head everywhere the same sum."""
     ladder = LADDERS[name]
-    result = gpu_ablation.run(gpu_ablation.Settings(ladders=(name,), steps=2, dtype="float32", trial=TRIAL))
+    result = gpu_ablation.run(gpu_ablation.Settings(ladders=(name,), block=2, blocks=2, dtype="float32", trial=TRIAL))
     losses = [result.facts[name][rung.name]["loss"] for rung in ladder]
     assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-5)
     found, predicted = result.facts[name][ladder[rung].name], ladder[rung - 1].predicted / ladder[rung].predicted
@@ -201,7 +202,7 @@ def test_what_is_taken_out_trains_alike_and_is_put_back() -> None:
     before = layers.layer_norm, blocks.Attention
     plain, ours = Rung("plain", None, {}, plain_norm=True, fused=True), Rung("ours", None, {})
     with without(plain):
-        assert layers.layer_norm is gpu_ablation.plain_layer_norm and blocks.Attention is gpu_ablation.FusedAttention
+        assert layers.layer_norm is plain_layer_norm and blocks.Attention is FusedAttention
     assert (layers.layer_norm, blocks.Attention) == before
     sides = [OnOneBatch(TRIAL.of(CASES["gpt2"]), rung, "float32") for rung in (plain, ours)]
     programs = [side._step.as_text() for side in sides]

@@ -23,7 +23,7 @@ from bertgpt_jax.commands.common import (
 from bertgpt_jax.errors import DataError, MachineBusy, UsageError, UserError
 from bertgpt_jax.training.heap import keep_freed_memory
 
-UNTIMED = frozenset({"hlo", "memory_ladder"})
+UNTIMED = frozenset({"convergence", "hlo", "memory_ladder"})
 """Benchmarks that measure no time, and no accelerator either: others may use the machine."""
 
 BENCHMARKS = {
@@ -34,7 +34,10 @@ BENCHMARKS = {
     "checkpoint": "what a save takes from training, and how it compares with a plain write of as many bytes",
     "startup": "from the start of a process to its first step done: scanned and unrolled, cold and warm cache",
     "time_to_loss": "seconds to a held-out loss on Shakespeare's characters beside a nanoGPT, eager and compiled",
+    "convergence": "held-out losses with each technique beside plain training, GPT and BERT, on three seeds",
     "flops": "arithmetic of compiled steps over the formula that the utilisation is computed with",
+    "gpu": "all of one GPU in under ten minutes: the four below, one after another",
+    "gpu_checks": "kernels of this device, their gradients too, beside plain arithmetic: it fails where they differ",
     "gpu_step": "training steps of published sizes on one GPU beside torch.compile: rates, utilisation, memory, starts",
     "gpu_ablation": "what each technique gives a training step on one GPU, beside what was predicted",
     "ceilings": "what the devices do at best: matrix products, copies, sums over all of them",
@@ -46,7 +49,7 @@ BENCHMARKS = {
 ON_CPU = frozenset({"data", "cpu_bert", "cpu_gpt", "decode", "checkpoint", "startup", "time_to_loss", "flops"})
 """Benchmarks that leave accelerators alone."""
 
-ON_GPU = frozenset({"gpu_step", "gpu_ablation", "ceilings"})
+ON_GPU = frozenset({"gpu", "gpu_checks", "gpu_step", "gpu_ablation", "ceilings"})
 """Benchmarks of accelerators: they use all CPUs, and share the accelerator's memory with peers."""
 
 _DESCRIPTION = """\
@@ -71,9 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--print-settings", action="store_true", help="show the benchmark's settings and stop")
     parser.add_argument("--table", nargs="*", type=Path, metavar="FILE", help="Markdown rows of results; no measuring")
-    parser.add_argument(
-        "--readme", type=Path, metavar="FILE", help="with --table: write them there, between markers"
-    )
+    parser.add_argument("--readme", type=Path, metavar="FILE", help="with --table: write them there, between markers")
     add_platform(parser)
     return run_command(_benchmark, parser, argv)
 

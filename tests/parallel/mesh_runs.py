@@ -22,12 +22,14 @@ from bertgpt_jax.training.run_config import ExecutionConfig, RunConfig, StageCon
 from bertgpt_jax.training.schedules import Constant
 from bertgpt_jax.training.setup import lower_train_step, make_program
 
-MESHES = {"one": (1, 1, 1), "8": (8, 1, 1), "2,2,2": (2, 2, 2), "1,8,1": (1, 8, 1), "4,1,2": (4, 1, 2)}
+MESHES = {
+    "one": (1, 1, 1), "8": (8, 1, 1), "2,2,2": (2, 2, 2), "1,8,1": (1, 8, 1), "4,1,2": (4, 1, 2), "1,1,8": (1, 1, 8)
+}  # fmt: skip
 """(data, fsdp, tensor)."""
 MICROBATCHES = {"bert": 1, "gpt": 2}
 STEPS, ROWS, LENGTH = 5, 16, 16
-LAYERS = 2
-SIZES = dict(vocab_size=32, max_positions=LENGTH, hidden_size=16, num_heads=2, intermediate_size=32)
+LAYERS, HEADS = 2, 8
+SIZES = dict(vocab_size=32, max_positions=LENGTH, hidden_size=16, num_heads=HEADS, intermediate_size=32)
 
 
 def run_config(

@@ -17,7 +17,7 @@ from bertgpt_jax.parallel.mesh import make_mesh
 from bertgpt_jax.training import setup
 
 WARNING = "Involuntary full rematerialization"
-ON_MESHES = ["8", "2,2,2", "1,8,1", "4,1,2"]
+ON_MESHES = ["8", "2,2,2", "1,8,1", "4,1,2", "1,1,8"]
 CASES = [
     ("gpt", ["2,2,2"]),
     pytest.param("bert", ON_MESHES, marks=pytest.mark.slow),
@@ -140,7 +140,7 @@ def test_state_is_split_and_batches_by_rows(runs, mesh: str) -> None:
     up = params["layers/feed_forward/up/kernel"]
     assert up.sharding.shard_shape(up.shape) == (2, 16 // fsdp, 32 // tensor)
     query = params["layers/attention/query/kernel"]
-    assert query.sharding.shard_shape(query.shape) == (2, 16 // fsdp, 2 // tensor, 8)
+    assert query.sharding.shard_shape(query.shape) == (2, 16 // fsdp, runs.HEADS // tensor, 2)
     moments = [n for n in state if n.startswith("optimizer") and n.endswith("layers/feed_forward/up/kernel")]
     assert len(moments) == 2 and all(state[name].sharding == up.sharding for name in moments)
     tokens = program.abstract_batch(config.stages[0])["tokens"]

@@ -72,7 +72,7 @@ def program_of(config: RunConfig):
 
 
 def train(kind: str, mesh: dict[str, int], **settings) -> list[dict[str, float]]:
-    """Metrics of every step, and at last of an evaluation."""
+    """Metrics of every step, and at last an evaluation: the mean of each part, and how many it got right."""
     program = program_of(run_config(kind, mesh, **settings))
     stage = program.config.stages[0]
     step = lower_train_step(program, stage).compile(FAST_COMPILE)
@@ -84,7 +84,8 @@ def train(kind: str, mesh: dict[str, int], **settings) -> list[dict[str, float]]
         state, metrics = step(state, batch)
         found.append({name: float(value) for name, value in metrics.items()})
     sums, metrics, weights = lower_eval_step(program, stage).compile(FAST_COMPILE)(state["params"], batch)
-    return [*found, {name: float(value) for name, value in (sums | metrics).items()}]
+    means = {name: value / weights[name] for name, value in sums.items()}
+    return [*found, {name: float(value) for name, value in (means | metrics).items()}]
 
 
 @functools.cache
@@ -97,24 +98,27 @@ def check(kind: str, mesh: dict[str, int], **settings) -> None:
     want = alone(kind, drawn["attention_dropout"], drawn["microbatches"])
     assert want[0]["loss"] != want[1]["loss"]
     for one, other in zip(want, train(kind, mesh, **settings), strict=True):
-        for name in one:
-            assert abs(one[name] - other[name]) <= 1e-5 * max(1.0, abs(one[name])), (name, one[name], other[name])
+        differences = {name: abs(one[name] - other[name]) for name in one}
+        print({name: f"{difference:.1e}" for name, difference in differences.items() if difference})
+        assert max(differences.values()) <= 1e-5, differences
 
 
 CASES = [
+    ("gpt", dict(context=8), {}),
+    ("gpt", dict(fsdp=2, context=2, tensor=2), dict(microbatches=2)),
+    ("bert", dict(context=8), {}),
+    ("packed gpt", dict(data=2, context=4), dict(remat="full", head_chunk=8)),
     ("gpt", dict(context=4), {}),
     ("gpt", dict(context=8), dict(context_attention="all_gather")),
     ("gpt", dict(data=2, context=4), dict(zigzag=False)),
-    ("gpt", dict(fsdp=2, context=2, tensor=2), dict(microbatches=2)),
     ("gpt", dict(pipe=2, context=2, tensor=2), {}),
     ("bert", dict(context=2), dict(context_attention="all_gather")),
-    ("bert", dict(context=8), {}),
     ("bert", dict(data=2, pipe=2, context=2), {}),
     ("bert", dict(data=2, context=4), dict(attention_dropout=0.1, head_chunk=5)),
-    ("packed gpt", dict(data=2, context=4), dict(remat="full", head_chunk=8)),
     ("packed gpt", dict(context=2, tensor=2), dict(attention_dropout=0.1)),
     ("packed bert", dict(fsdp=2, context=2, tensor=2), {}),
 ]
+"""The first four are slow, the others long."""
 
 
 def test_steps_equal_one_devices() -> None:
@@ -124,7 +128,7 @@ def test_steps_equal_one_devices() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "mesh", "settings"),
-    [pytest.param(*case, marks=pytest.mark.long if i % 3 else pytest.mark.slow) for i, case in enumerate(CASES)],
+    [pytest.param(*case, marks=pytest.mark.slow if i < 4 else pytest.mark.long) for i, case in enumerate(CASES)],
     ids=str,
 )
 def test_steps_in_every_form_equal_one_devices(kind: str, mesh: dict[str, int], settings: dict) -> None:

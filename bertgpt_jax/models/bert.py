@@ -17,7 +17,6 @@ from bertgpt_jax.nn.blocks import BlockConfig, ComputeConfig, apply_layers, laye
 from bertgpt_jax.nn.layers import (
     Einsum,
     Embedding,
-    LayerNorm,
     activation,
     constrain,
     dropout,
@@ -114,10 +113,10 @@ class Bert(nn.Module):
         self.position_embedding = Embedding(rows, d, ("positions", "embed"), init)
         if c.type_vocab_size:
             self.type_embedding = Embedding(c.type_vocab_size, d, ("types", "embed"), init)
-        self.embedding_norm = LayerNorm(d, c.norm_eps)
+        self.embedding_norm = c.make_norm()
         self.layers = layer_stack(c, self.compute)
         self.masked_transform = Einsum("BPD,DE->BPE", (d, d), ("embed", "act_embed"), init)
-        self.masked_norm = LayerNorm(d, c.norm_eps)
+        self.masked_norm = c.make_norm()
         self.masked_bias = self.param(
             "masked_bias", nn.with_logical_partitioning(nn.initializers.zeros, ("vocab",)), (c.vocab_rows,), jnp.float32
         )

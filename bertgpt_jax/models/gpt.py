@@ -17,7 +17,6 @@ from bertgpt_jax.nn import sequence
 from bertgpt_jax.nn.blocks import BlockConfig, ComputeConfig, apply_layers, layer_stack
 from bertgpt_jax.nn.layers import (
     Embedding,
-    LayerNorm,
     constrain,
     dropout,
     dropout_key,
@@ -116,7 +115,7 @@ class Gpt(nn.Module):
         self.position_embedding = Embedding(c.max_positions, c.hidden_size, ("positions", "embed"), position_init)
         self.layers = layer_stack(c, self.compute)
         if c.final_norm:
-            self.final_norm = LayerNorm(c.hidden_size, c.norm_eps)
+            self.final_norm = c.make_norm()
         if not c.tied_head:
             self.output = Embedding(*words)
 

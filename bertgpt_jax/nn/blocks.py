@@ -12,10 +12,20 @@ from flax.core.scope import LazyRng
 from jax.ad_checkpoint import checkpoint_name
 from pydantic import Field, model_validator
 
-from bertgpt_jax.config import Config
+from bertgpt_jax.config import ADDED, Config
 from bertgpt_jax.nn import sequence
 from bertgpt_jax.nn.attention import REFERENCE, KeyValues, PathChoice, dot_product_attention
-from bertgpt_jax.nn.layers import Einsum, Initializer, LayerNorm, Matmul, activation, constrain, dropout, dropout_key
+from bertgpt_jax.nn.layers import (
+    Einsum,
+    Initializer,
+    LayerNorm,
+    Matmul,
+    RMSNorm,
+    activation,
+    constrain,
+    dropout,
+    dropout_key,
+)
 from bertgpt_jax.nn.masks import AttentionMask
 from bertgpt_jax.nn.pipeline import Pipeline, run_layers
 from bertgpt_jax.shapes import Array, Hidden, Params
@@ -29,6 +39,9 @@ class BlockConfig(Config):
     num_heads: int = Field(ge=1)
     intermediate_size: int = Field(ge=1)
     norm_position: Literal["post", "pre"]
+    norm: Annotated[Literal["layer", "rms"], ADDED] = Field(
+        default="layer", description="layer: mean and bias too (Ba et al. 2016); rms: scale alone (Zhang & Sennrich)"
+    )
     norm_eps: float = Field(gt=0)
     activation: Literal["gelu", "gelu_tanh", "relu"]
     hidden_dropout: float = Field(ge=0, lt=1)
@@ -49,6 +62,10 @@ class BlockConfig(Config):
     def head_size(self) -> int:
         """Width of one head."""
         return self.hidden_size // self.num_heads
+
+    def make_norm(self, name: str | None = None) -> nn.Module:
+        """A norm of hidden states."""
+        return (RMSNorm if self.norm == "rms" else LayerNorm)(self.hidden_size, self.norm_eps, name=name)
 
     def weight_init(self, *, residual: bool = False) -> Initializer:
         """Initializer of a weight; `residual` for the projections that end a sub-layer."""
@@ -206,8 +223,8 @@ class Block(nn.Module):
         x_BTD = checkpoint_name(x_BTD, BLOCK_INPUT)
         attention = Attention(c, self.choice, self.matmul, name="attention")
         feed_forward = FeedForward(c, self.recompute_activation, self.prevent_cse, self.matmul, name="feed_forward")
-        attention_norm = LayerNorm(c.hidden_size, c.norm_eps, name="attention_norm")
-        feed_forward_norm = LayerNorm(c.hidden_size, c.norm_eps, name="feed_forward_norm")
+        attention_norm = c.make_norm("attention_norm")
+        feed_forward_norm = c.make_norm("feed_forward_norm")
 
         def residual(x: Hidden, y: Hidden) -> Hidden:
             dropped = dropout(y, c.hidden_dropout, dropout_key(self), sequence.arranger(self.choice.zigzag))

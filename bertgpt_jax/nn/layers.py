@@ -1,4 +1,4 @@
-"""Parameterised primitives: one einsum, one embedding table, one norm; and the pure functions around them."""
+"""Parameterised primitives: one einsum, one embedding table, two norms; and the pure functions around them."""
 
 from __future__ import annotations
 
@@ -148,14 +148,43 @@ def _layer_norm_backward(eps: float, saved: tuple, dy: Array) -> tuple[Array, Ar
     x, scale, mean, inverse = saved
     dy32 = dy.astype(jnp.float32)
     normal = (x.astype(jnp.float32) - mean) * inverse
-    leading = tuple(range(dy.ndim - 1))
-    dscale, dbias = jnp.sum(dy32 * normal, leading), jnp.sum(dy32, leading)
-    dn = dy32 * scale
-    dx = inverse * (dn - jnp.mean(dn, -1, keepdims=True) - normal * jnp.mean(dn * normal, -1, keepdims=True))
-    return dx.astype(x.dtype), dscale, dbias
+    dn, dscale, along = _pulled_scale(normal, scale, dy32)
+    dx = inverse * (dn - jnp.mean(dn, -1, keepdims=True) - along)
+    return dx.astype(x.dtype), dscale, jnp.sum(dy32, tuple(range(dy.ndim - 1)))
+
+
+def _pulled_scale(normal: Array, scale: Array, dy: Array) -> tuple[Array, Array, Array]:
+    """Gradients of normal x scale, and of the first what lies along `normal`, which a norm cannot change; fp32."""
+    dn = dy * scale
+    dscale = jnp.sum(dy * normal, tuple(range(dy.ndim - 1)))
+    return dn, dscale, normal * jnp.mean(dn * normal, -1, keepdims=True)
 
 
 layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def rms_norm(x: Array, scale: Array, eps: float) -> Array:
+    """x / root mean square of the last axis (Zhang & Sennrich 2019, eq. 4), statistics in fp32, result in x's dtype.
+
+    Its own gradient keeps x and one fp32 number a row.
+    """
+    return _rms_norm_forward(x, scale, eps)[0]
+
+
+def _rms_norm_forward(x: Array, scale: Array, eps: float) -> tuple[Array, tuple]:
+    x32 = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), -1, keepdims=True) + eps)
+    return (x32 * inverse * scale).astype(x.dtype), (x, scale, inverse)
+
+
+def _rms_norm_backward(eps: float, saved: tuple, dy: Array) -> tuple[Array, Array]:
+    x, scale, inverse = saved
+    dn, dscale, along = _pulled_scale(x.astype(jnp.float32) * inverse, scale, dy.astype(jnp.float32))
+    return (inverse * (dn - along)).astype(x.dtype), dscale
+
+
+rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
 class LayerNorm(nn.Module):
@@ -170,6 +199,18 @@ class LayerNorm(nn.Module):
         scale = self.param("scale", nn.with_logical_partitioning(init.ones, ("norm",)), (self.width,), jnp.float32)
         bias = self.param("bias", nn.with_logical_partitioning(init.zeros, ("norm",)), (self.width,), jnp.float32)
         return layer_norm(x, scale, bias, self.eps)
+
+
+class RMSNorm(nn.Module):
+    """`rms_norm` with its parameter: scale starts at 1."""
+
+    width: int
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        ones = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+        return rms_norm(x, self.param("scale", ones, (self.width,), jnp.float32), self.eps)
 
 
 def dropout(x: Array, rate: float, key: Array | None, arrange: Callable[[Array], Array] | None = None) -> Array:

@@ -119,6 +119,7 @@ ROWS = [
     (20, "run", ["execution.compute.head_chunk=3"], CONFIG, ["head_chunk = 3", "the 5 scored", "use one of 1, 5"]),
     (20, "run", ["execution.compute.head_chunk=7", "--dry-run"], CONFIG, ["head_chunk = 7", "use one of 1, 3"]),
     (20, "run", ["execution.compute.remat=ful"], CONFIG, ["execution.compute.remat = 'ful'", "did you mean 'full'"]),
+    (20, "run", ["model.norm=rsm"], CONFIG, ["model.norm = 'rsm'", "did you mean 'rms'"]),
     (21, "run", ["stages.0.optimizer.kind=adamx"], CONFIG, ["stages.0.optimizer.kind = 'adamx'", "mean 'adamw'"]),
     (21, "run", ["stages.0.schedule.kind=cosin"], CONFIG, ["stages.0.schedule.kind = 'cosin'", "mean 'cosine'"]),
     (21, "run", ["stages.1.optimizer.kind=lion"], CONFIG, ["'long'", "'lion'", "'adamw'", "reset_optimizer"]),

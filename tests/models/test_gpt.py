@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bertgpt_jax.config import identity
+from bertgpt_jax.models.bert import BertConfig
 from bertgpt_jax.models.gpt import Gpt, GptConfig
 from bertgpt_jax.nn.blocks import ComputeConfig
 from bertgpt_jax.nn.masks import causal_mask
@@ -53,3 +57,42 @@ def test_bfloat16_logits(params) -> None:
     low = Gpt(CONFIG, ComputeConfig(dtype="bfloat16", unroll_layers=False))
     shape = jax.eval_shape(lambda p: low.apply({"params": p}, TOKENS, POSITIONS, causal_mask()), params)
     assert shape.dtype == jnp.bfloat16 and shape.shape == (1, T, V)
+
+
+@pytest.mark.parametrize("norm_position", ["pre", "post"])
+def test_with_rms_norms_it_has_no_biases_in_them_and_learns(norm_position: str) -> None:
+    config = GptConfig(**CONFIG.model_dump() | {"norm": "rms", "norm_position": norm_position})
+    model = Gpt(config, ComputeConfig(unroll_layers=False))
+    initial = nn.unbox(jax.jit(model.init)(jax.random.key(0), TOKENS, POSITIONS, causal_mask()))["params"]
+    count = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (initial, jax.eval_shape(lambda: fresh()))]
+    norms = 2 * CONFIG.num_layers + 1
+    assert count[1] - count[0] == norms * CONFIG.hidden_size
+    assert [set(initial["layers"][name]) for name in ("attention_norm", "feed_forward_norm")] == [{"scale"}] * 2
+    assert set(initial["final_norm"]) == {"scale"}
+
+    def loss(params):
+        logits = model.apply({"params": params}, TOKENS, POSITIONS, causal_mask())[:, :-1]
+        return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), TOKENS[:, 1:, None], -1))
+
+    @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+    def step(params):
+        value, grads = jax.value_and_grad(loss)(params)
+        return value, jax.tree.map(lambda p, g: p - 0.3 * g, params, grads)
+
+    params, losses = initial, []
+    for _ in range(60):
+        value, params = step(params)
+        losses.append(float(value))
+    assert losses[0] > 2.5 and losses[-1] < 0.5 * losses[0], losses
+    assert np.any(params["final_norm"]["scale"] != 1)
+
+
+def fresh() -> dict:
+    """Parameters of the model with layer norms."""
+    return nn.unbox(MODEL.init(jax.random.key(0), TOKENS, POSITIONS, causal_mask()))["params"]
+
+
+def test_the_kind_of_norm_is_no_part_of_the_identity_of_models_from_before_it() -> None:
+    for kind in (GptConfig, BertConfig):
+        assert "norm" not in identity(kind()) and identity(kind(norm="rms"))["norm"] == "rms"
+        assert kind.model_validate({k: v for k, v in kind().model_dump().items() if k != "norm"}) == kind()

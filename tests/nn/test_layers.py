@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bertgpt_jax.nn.layers import Einsum, Embedding, LayerNorm, activation, dropout, layer_norm
+from bertgpt_jax.nn.layers import Einsum, Embedding, LayerNorm, RMSNorm, activation, dropout, layer_norm, rms_norm
 
 EPS = 1e-5
 
@@ -86,6 +86,49 @@ def test_layer_norm_module_starts_as_the_plain_norm() -> None:
     np.testing.assert_allclose(np.mean(y, -1), 0, atol=1e-6)
     np.testing.assert_allclose(np.var(y, -1), 1, atol=1e-4)
     assert set(variables["params"]) == {"scale", "bias"}
+
+
+def plain_rms_norm(x, scale):
+    return x / jnp.sqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + EPS) * scale
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_rms_norm_equals_autodiff_and_float64(offset: float) -> None:
+    (x, scale, _), cotangent = norm_inputs(offset)
+    with jax.enable_x64(True):
+        exact = value_and_pulled(plain_rms_norm, (x, scale), cotangent)
+        assert exact[0].dtype == jnp.float64
+    x, scale, cotangent = (jnp.asarray(a, jnp.float32) for a in (x, scale, cotangent))
+    ours = value_and_pulled(lambda *a: rms_norm(*a, EPS), (x, scale), cotangent)
+    plain = value_and_pulled(plain_rms_norm, (x, scale), cotangent)
+    for mine, theirs, truth in zip(ours, plain, exact, strict=True):
+        assert mine.dtype == jnp.float32 and mine.shape == truth.shape
+        np.testing.assert_allclose(mine, truth, rtol=1e-5, atol=3e-6 * np.abs(truth).max())
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=3e-6 * np.abs(truth).max())
+
+
+def test_rms_norm_of_bfloat16_computes_in_float32_and_keeps_one_number_a_row() -> None:
+    (x, scale, _), cotangent = norm_inputs(8.0)
+    x, cotangent, scale = (jnp.asarray(a, t) for a, t in ((x, "bfloat16"), (cotangent, "bfloat16"), (scale, "float32")))
+    y, pull = jax.vjp(lambda *a: rms_norm(*a, EPS), x, scale)
+    kept = [leaf for leaf in jax.tree.leaves(pull) if leaf.dtype == jnp.float32 and leaf.ndim == x.ndim]
+    assert [leaf.shape for leaf in kept] == [(*x.shape[:-1], 1)]
+    dx, dscale = pull(cotangent)
+    assert (y.dtype, dx.dtype, dscale.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
+    wide = [a.astype(jnp.float32) for a in (x, scale, cotangent)]
+    exact = value_and_pulled(plain_rms_norm, wide[:2], wide[2])
+    for mine, truth in zip((y, dx), exact[:2], strict=True):  # one rounding to bf16 at the very end
+        np.testing.assert_allclose(mine.astype(jnp.float32), truth, rtol=2**-7, atol=1e-4)
+    np.testing.assert_allclose(dscale, exact[2], rtol=1e-4, atol=1e-4)
+
+
+def test_rms_norm_module_starts_as_the_plain_norm() -> None:
+    x = jnp.asarray(norm_inputs()[0][0], jnp.float32)
+    y, variables = RMSNorm(24, EPS).init_with_output(jax.random.key(0), x)
+    np.testing.assert_allclose(np.mean(np.square(y), -1), 1, atol=1e-4)
+    assert set(variables["params"]) == {"scale"}
+    zero, *grads = value_and_pulled(lambda *a: rms_norm(*a, 1e-6), (jnp.zeros((2, 8)), jnp.ones(8)), jnp.ones((2, 8)))
+    assert not np.any(zero) and all(np.all(np.isfinite(g)) for g in grads)
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])

@@ -183,6 +183,8 @@ def test_a_kill_leaves_no_target_and_the_next_export_cleans_up(source, in_proces
             ["final_norm = True", "'gelu'", "intermediate_size"],
         ),
         (dict(kind="gpt", final_norm=False), ["final_norm = False"]),
+        (dict(kind="gpt", norm="rms"), ["model.norm = 'rms' (no counterpart)"]),
+        (dict(kind="bert", norm="rms", norm_position="pre"), ["model.norm = 'rms'", "norm_position = 'pre'"]),
         (
             dict(kind="bert", position_offset=2, next_sentence_head=False, activation="relu", norm_position="pre"),
             ["'roberta'", "norm_position", "activation = 'relu'"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import flax.linen as nn
 import jax
@@ -97,6 +98,38 @@ def test_remat_recomputes(params, unroll: bool) -> None:
 
     none, gelu, dots, full = (saved(remat) for remat in ("none", "gelu", "dots", "full"))
     assert full < dots < gelu < none, (full, dots, gelu, none)
+    assert saved("offload") == full, "the same arrays, wherever they wait"
+
+
+@pytest.mark.parametrize("unroll", [False, True])
+def test_offload_sends_block_inputs_to_the_host_and_back(params, unroll: bool) -> None:
+    """Seen in what is traced: on a CPU both memories are one, and compiled programs have no copies."""
+
+    def moves(remat: str) -> list[tuple[str, tuple[int, ...]]]:
+        module = make(config(), ComputeConfig(remat=remat, unroll_layers=unroll))
+
+        def loss(params, x):
+            rngs = {"dropout": jax.random.key(0)}
+            return jnp.sum(module.apply({"params": params}, x, causal_mask(), rngs=rngs)[0])
+
+        found = []
+        for equation in equations(jax.make_jaxpr(jax.grad(loss))(params, hidden()).jaxpr):
+            if equation.primitive.name == "device_put":
+                found += [(str(where), equation.outvars[0].aval.shape) for where in equation.params["devices"]]
+        return sorted(found)
+
+    assert moves("offload") == [("MemorySpace.Device", (B, T, D)), ("MemorySpace.Host", (B, T, D))]
+    assert moves("full") == moves("none") == []
+
+
+def equations(jaxpr) -> Iterator:
+    """Those of a jaxpr and of all within it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
 
 
 def test_unstack_and_stack_are_inverse(params) -> None:

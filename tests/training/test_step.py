@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.interpreters import partial_eval
 
 from bertgpt_jax.corpus.config import CorpusConfig
 from bertgpt_jax.models.gpt import GptConfig
@@ -129,6 +130,23 @@ def test_parameters_that_would_overflow_are_left_out() -> None:
     assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
     assert float(metrics["skipped"]) == 1
     np.testing.assert_array_equal(state["params"]["kernel"], [1.0, 2.0])
+
+
+@pytest.mark.parametrize("optimizer", [AdamW(), AdamW(second_moment="factored"), BertAdam(clip_norm=None)], ids=lambda o: o.state_kind)
+def test_whether_an_update_is_kept_is_known_before_it_is_made(optimizer) -> None:
+    """Else the new state would be written, read for the verdict, and read and written once more to be kept or not.
+
+    Of the traced step, what `skipped` depends on: no moment, and so no new moment or parameter.
+    """
+    state, batch = start(optimizer), rows(1.0, 2.0)
+    traced = jax.make_jaxpr(step_of(optimizer), return_shape=True)(state, batch)
+    names = ["/".join(str(getattr(k, "key", k)) for k in path) for path, _ in jax.tree.leaves_with_path(traced[1][0])]
+    assert names.count("extras/skipped") == 1
+    wanted = [name == "extras/skipped" for name in names] + [False] * len(traced[1][1])
+    _, used = partial_eval.dce_jaxpr(traced[0].jaxpr, wanted)
+    used = jax.tree.unflatten(jax.tree.structure((state, batch)), used)[0]
+    assert used["params"]["kernel"] and used["extras"]["skipped"]
+    assert len(jax.tree.leaves(used["optimizer"])) >= 2 and not any(jax.tree.leaves(used["optimizer"]))
 
 
 def test_randomness_is_of_seed_batch_number_and_microbatch() -> None:

@@ -132,7 +132,11 @@ def test_parameters_that_would_overflow_are_left_out() -> None:
     np.testing.assert_array_equal(state["params"]["kernel"], [1.0, 2.0])
 
 
-@pytest.mark.parametrize("optimizer", [AdamW(), AdamW(second_moment="factored"), BertAdam(clip_norm=None)], ids=lambda o: o.state_kind)
+@pytest.mark.parametrize(
+    "optimizer",
+    [AdamW(), AdamW(second_moment="factored"), BertAdam(clip_norm=None)],
+    ids=lambda optimizer: optimizer.state_kind,
+)
 def test_whether_an_update_is_kept_is_known_before_it_is_made(optimizer) -> None:
     """Else the new state would be written, read for the verdict, and read and written once more to be kept or not.
 

@@ -54,6 +54,9 @@ ONLY_IN = {
 }
 """Libraries that only some files may import at all, even inside a function."""
 
+PRIVATE = {"nn/cudnn_packed.py", "planning/gpu.py", "parallel/cluster.py"}
+"""Files that read jax's private modules (`jax._src`), and what they do without (CONTRIBUTING.md)."""
+
 OPTIONAL = {
     "matplotlib",
     "torch",
@@ -136,6 +139,12 @@ def violations(path: Path, source: str) -> list[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and node.value in MESH_AXES and folder != "parallel":
             found.append(f"{name}:{node.lineno}: only parallel names mesh axes")
+        private = isinstance(node, ast.Attribute) and node.attr == "_src" and ast.unparse(node.value) == "jax"
+        private |= isinstance(node, ast.Import | ast.ImportFrom) and any(
+            f"{imported}.".startswith("jax._src.") for imported in imports(node, path)
+        )
+        if private and name not in PRIVATE:
+            found.append(f"{name}:{node.lineno}: may not use jax._src")
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("eval", "exec"):
             found.append(f"{name}:{node.lineno}: {node.func.id}() runs text as code")
         if isinstance(node, ast.keyword) and node.arg == "allow_pickle" and ast.unparse(node.value) != "False":
@@ -168,6 +177,9 @@ def test_a_module_keeps_the_rules(path: Path) -> None:
         ("training/x.py", "import bertgpt_jax.commands.train", "may not import bertgpt_jax.commands"),
         ("config.py", "from bertgpt_jax import corpus", "may not import bertgpt_jax.corpus"),
         ("commands/x.py", "try:\n    import jax\nexcept ImportError:\n    pass", "inside the function"),
+        ("nn/x.py", "def f():\n    from jax._src.cudnn import fused_attention_stablehlo", "may not use jax._src"),
+        ("nn/x.py", "from jax import _src", "may not use jax._src"),
+        ("nn/x.py", "import jax\nx = jax._src.core", "may not use jax._src"),
         ("transfer/x.py", "import pickle", "runs code"),
         ("transfer/x.py", "np.load(p, allow_pickle=True)", "runs code"),
         ("transfer/x.py", "eval(text)", "runs text as code"),
@@ -223,3 +235,12 @@ def test_importing_a_folder_loads_nothing_heavy(folder: str, leave_out: tuple[st
     statement = import_all(folder, leave_out)
     assert statement, f"bertgpt_jax/{folder} holds no modules"
     assert loaded_by(statement) & absent == set()
+
+
+def test_the_list_of_those_that_read_private_modules_is_the_truth() -> None:
+    readers = {
+        relative(path) for path in modules() if "import" in (text := path.read_text("utf-8")) and "jax._src" in text
+    }
+    assert readers == PRIVATE
+    contributing = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    assert all(f"`{name}`" in contributing for name in PRIVATE)

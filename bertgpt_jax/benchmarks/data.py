@@ -139,7 +139,7 @@ def collator(settings: Settings, corpus: CorpusReader) -> Result:
         shown = [
             Row(
                 f"{what} at {settings.length} over {name}, tensors '{kind}'",
-                found["ratios"][f"{label}_{kind}"],
+                found["paired"][f"{label}_{kind}"]["median"],
                 "x",
                 10.0,
             )
@@ -194,7 +194,10 @@ def per_record(settings: Settings, corpus: CorpusReader) -> Result:
     ours = dataset_side("ours", dataset, batches, settings.threads)
     found = compare([ours, peer], settings.rounds, settings.warmup)
     row = Row(
-        f"the same by Grain, record by record, {settings.threads} threads each", found["ratios"]["grain"], "x", 5.0
+        f"the same by Grain, record by record, {settings.threads} threads each",
+        found["paired"]["grain"]["median"],
+        "x",
+        5.0,
     )
     return Result((row,), {"grain": found}, found["ratios"], {"grain_predicted_share": theirs})
 
@@ -264,7 +267,10 @@ def loader(settings: Settings, cache: Path) -> Result:
         found = compare([ours, step], settings.rounds, settings.warmup)
         label = f"quickstart_{stage.name}"
         row = Row(
-            f"quickstart {stage.name}: batches loaded in the time of an update", found["ratios"]["step"], "x", 20.0
+            f"quickstart {stage.name}: batches loaded in the time of an update",
+            found["paired"]["step"]["median"],
+            "x",
+            20.0,
         )
         result = _joined(result, Result((row,), {label: found}, {label: found["ratios"]["step"]}))
     return result

@@ -221,8 +221,15 @@ def test_clusters_are_read(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         from jax._src.clusters import cloud_tpu_cluster
 
         monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
-    found = cluster.detect(5)
-    assert found is None or found == expected  # None: a jax that shows its detection to nobody
+    assert cluster.detect(5) == expected, "None: this jax shows its detection to nobody, or under another name"
+
+
+def test_a_jax_that_shows_its_detection_to_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is then left to `jax.distributed.initialize` alone."""
+    from jax._src.clusters import ClusterEnv
+
+    monkeypatch.delattr(ClusterEnv, "auto_detect_unset_distributed_params")
+    assert distributed.find_place(DistributedConfig(auto=True)) is None
 
 
 def test_no_cluster_at_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,9 +13,14 @@ TRAIN = "import sys; from bertgpt_jax.commands.train import main; sys.exit(main(
 
 
 @contextlib.contextmanager
-def started(command: Sequence[str], timeout: float) -> Iterator[subprocess.Popen[str]]:
-    """A process whose output is read; it knows of no compilation cache but what its command names."""
+def started(command: Sequence[str], timeout: float, **variables: str) -> Iterator[subprocess.Popen[str]]:
+    """A process whose output is read; it knows of no compilation cache of jax but what its command names.
+
+    Args:
+        variables: more of its environment.
+    """
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_COMPILATION", "JAX_PERSISTENT"))}
+    environment |= variables
     pipe = subprocess.PIPE
     process = subprocess.Popen(list(command), env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
     alarm = threading.Timer(timeout, process.kill)

@@ -1,7 +1,7 @@
 """Benchmark `time_to_loss`: seconds from a command to a held-out loss, start-up included, beside a nanoGPT in PyTorch.
 
 The run is `configs/gpt/shakespeare_char.py`, with the same model, optimizer, schedule and evaluations on all sides,
-each a process of its own that begins with the raw text. Ours compiles anew. Sides take turns, run by run.
+each a process of its own that begins with the raw text. All compile anew. Sides take turns, run by run.
 """
 
 from __future__ import annotations
@@ -103,7 +103,8 @@ def _train(side: str, settings: Settings, text: Path) -> dict[str, Any]:
             command = [sys.executable, "-c", TRAIN, str(root / "config.json"), "--workdir", str(root / "run")]
             command += ["--platform", "cpu"]
         begun, curve, last = time.perf_counter(), [], "it said nothing"
-        with started(command, settings.timeout) as process:
+        # else torch would find in later rounds what it compiled in the first
+        with started(command, settings.timeout, TORCHINDUCTOR_CACHE_DIR=str(root / "inductor")) as process:
             for line in process.stdout:
                 last = line.strip() or last
                 if match := _HELD_OUT.match(line):

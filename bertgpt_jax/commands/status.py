@@ -75,9 +75,14 @@ def describe(workdir: str, status: dict[str, Any] | None, now: float, silent: fl
         silent: seconds without a refresh after which a run that says it goes on does not.
         still: seconds without a step, likewise.
     """
+    from bertgpt_jax.training.status import status_problem
+
     row: dict[str, Any] = dict.fromkeys([*COLUMNS, "total_steps", "doing", "moved"]) | {"workdir": workdir, "why": ""}
     if status is None:
         return row | {"state": "no run", "why": "there is no STATUS.json that can be read"}
+    problem = status_problem(status)
+    if problem:
+        return row | {"state": "no run", "why": f"its STATUS.json is not what a run writes: {problem}"}
     progress = status.get("progress") or {}
     refreshed = now - datetime.fromisoformat(status["time"]).timestamp()
     total, saved = progress.get("total_steps"), progress.get("checkpoint", status.get("latest"))
@@ -102,7 +107,7 @@ def _stalled(row: dict[str, Any], silent: float, still: float) -> str:
     if row["refreshed"] > silent:
         return f"STATUS.json was not refreshed for {duration(row['refreshed'])}: its process is gone or cannot write"
     expected = row["doing"] not in (None, "starting", "compiling")
-    if expected and row["moved"] > max(still, 10 * (row["s/step"] or 0)):
+    if expected and (row["moved"] or 0) > max(still, 10 * (row["s/step"] or 0)):
         return f"nothing has moved for {duration(row['moved'])} at step {row['step']:,} ({row['doing']})"
     return ""
 

@@ -81,6 +81,37 @@ def read_status(workdir: epath.Path) -> dict[str, Any] | None:
     return status if isinstance(status, dict) else None
 
 
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "step": int, "reason": str, "metrics": dict, "message": str, "time": str, "latest": (int, type(None)),
+    "progress": (dict, type(None)),
+}  # fmt: skip
+_PROGRESS = ("total_steps", "moved", "step_seconds", "eta_seconds", "checkpoint", "checkpoint_time")
+
+
+def status_problem(status: dict[str, Any]) -> str:
+    """Why a `STATUS.json` is none that `write_status` wrote, for a message; empty if it can be shown.
+
+    Numbers of `progress` may be absent or null: older runs wrote fewer.
+    """
+    version = status.get("format_version", 1)
+    if version != 1:
+        return f"format_version is {version!r}, this version reads 1"
+    for key, kind in _KINDS.items():
+        if not isinstance(status.get(key), kind):
+            return f"{key} is {status[key]!r}" if key in status else f"{key} is missing"
+    if status["reason"] not in get_args(Reason):
+        return f"reason is {status['reason']!r}"
+    try:
+        datetime.fromisoformat(status["time"])
+    except ValueError:
+        return f"time is {status['time']!r}"
+    progress = status.get("progress") or {}
+    numbers = {f"progress.{key}": progress.get(key) for key in _PROGRESS}
+    numbers["metrics.train/loss"] = status["metrics"].get("train/loss")
+    wrong = {key: value for key, value in numbers.items() if not isinstance(value, int | float | None)}
+    return next((f"{key} is {value!r}" for key, value in wrong.items()), "")
+
+
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 

@@ -85,6 +85,58 @@ def test_no_run(content: str | None, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert status.main([str(tmp_path), write(tmp_path / "dead", refreshed=7200)]) == 76, "the more urgent one"
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"format_version": 2}, "format_version is 2, this version reads 1"),
+        ({"step": "500"}, "step is '500'"),
+        ({"reason": "bored"}, "reason is 'bored'"),
+        ({"time": "yesterday"}, "time is 'yesterday'"),
+        ({"metrics": None}, "metrics is None"),
+        ({"metrics": {"train/loss": "low"}}, "metrics.train/loss is 'low'"),
+        ({"latest": [4]}, "latest is [4]"),
+        ({"reason": "failed", "message": None}, "message is None"),
+        ({"progress": {"moved": "now"}}, "progress.moved is 'now'"),
+        ({"progress": {"total_steps": "many"}}, "progress.total_steps is 'many'"),
+    ],
+    ids=str,
+)
+def test_what_no_run_wrote(changes: dict, said: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """One line in the table and one of why; the others are shown."""
+    strange, good = write(tmp_path / "strange", **changes), write(tmp_path / "good")
+    assert status.main([strange, good]) == 78
+    out, err = capsys.readouterr()
+    _, first, second = out.splitlines()
+    assert first.split() == [strange, "no", "run", *["-"] * (len(status.COLUMNS) - 2)]
+    assert second.split()[1] == "running"
+    assert err == f"{strange}: its STATUS.json is not what a run writes: {said}\n"
+
+
+@pytest.mark.parametrize("left_out", ["step", "reason", "metrics", "message", "time", None])
+def test_a_key_is_missing(left_out: str | None, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Or all of them."""
+    workdir = write(tmp_path / "run")
+    file = tmp_path / "run" / "STATUS.json"
+    kept = {key: value for key, value in json.loads(file.read_text()).items() if left_out and key != left_out}
+    file.write_text(json.dumps(kept))
+    assert status.main([workdir]) == 78
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 2 and err.endswith(f": {left_out or 'step'} is missing\n") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("left_out", ["doing", "total_steps", "moved", "step_seconds", "checkpoint", "checkpoint_time"])
+@pytest.mark.parametrize("null", [False, True])
+def test_progress_that_says_less(left_out: str, null: bool, tmp_path: Path) -> None:
+    workdir = write(tmp_path / "run")
+    file = tmp_path / "run" / "STATUS.json"
+    found = json.loads(file.read_text())
+    found["progress"][left_out] = None
+    if not null:
+        del found["progress"][left_out]
+    file.write_text(json.dumps(found))
+    assert status.main([workdir]) == 0
+
+
 def test_a_status_from_before_it_was_refreshed(tmp_path: Path) -> None:
     """An older run's file has no progress; what it says is shown."""
     workdir = write(tmp_path / "run", reason="finished", step=20, latest=20)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import importlib
 import sys
+from typing import NoReturn
 
 import bertgpt_jax
+from bertgpt_jax.commands.common import leave
 from bertgpt_jax.errors import UsageError
 
 VERBS = {
@@ -48,6 +50,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: unknown command '{argv[0]}'; {advice}", file=sys.stderr)
         return UsageError.exit_code
     return importlib.import_module(f"bertgpt_jax.commands.{argv[0]}").main(argv[1:])
+
+
+def entry() -> NoReturn:
+    """What `bertgpt` calls."""
+    leave(main())
 
 
 def usage() -> str:

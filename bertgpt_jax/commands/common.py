@@ -9,6 +9,7 @@ import importlib.util
 import logging
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -105,6 +106,21 @@ def run_command(
             file=sys.stderr,
         )
         return INTERNAL_ERROR
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process; at once where it failed and a thread still compiles what nobody will run.
+
+    Python would wait for that thread, for minutes. With several processes it does: the others are told by its end.
+    """
+    if code and any(thread.name.startswith("compiler") for thread in threading.enumerate()):
+        import jax
+
+        if jax.process_count() == 1:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    sys.exit(code)
 
 
 def _show_log() -> None:

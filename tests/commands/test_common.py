@@ -288,3 +288,15 @@ def test_no_command_works_for_a_file_that_has_no_place(command: tuple, tmp_path:
     begun = time.monotonic()
     assert importlib.import_module(f"bertgpt_jax.commands.{name}").main(arguments) == errors.StorageError.exit_code
     assert "cannot be written" in capsys.readouterr().err and time.monotonic() - begun < 5
+
+
+@pytest.mark.parametrize(("code", "waits"), [(65, False), (0, True)])
+def test_a_failure_does_not_wait_for_what_still_compiles(code: int, waits: bool) -> None:
+    program = (
+        "import time; from concurrent.futures import ThreadPoolExecutor as Pool; import jax;"
+        "from bertgpt_jax.commands.common import leave;"
+        "Pool(1, 'compiler').submit(lambda: (time.sleep(3), print('compiled', flush=True)));"
+        f"print('said'); leave({code})"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.split()) == (code, ["said", "compiled"] if waits else ["said"])

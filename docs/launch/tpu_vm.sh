@@ -7,7 +7,8 @@
 # which is too old: uv brings 3.12 to every worker.
 #
 # Who restarts: this loop, MAX_RESTARTS times at most, after 75 (preempted and saved), 76 (a peer was lost), ends by
-# signals, and when a worker says nothing because its VM is gone. 77 (diverged), 78 (config), 64, 65, 70 and 74 stop it.
+# signals, and when a worker says nothing because its VM is gone or could not install. 77 (diverged), 78 (config), 64,
+# 65, 70 and 74 stop it.
 # gcloud's own exit code says little of several workers; each prints its code as its last line, which is read here.
 #
 # Sources: https://cloud.google.com/tpu/docs/managing-tpus-tpu-vm   https://cloud.google.com/tpu/docs/preemptible
@@ -16,7 +17,7 @@ set -uo pipefail
 : "${NAME:?of the slice and the run}" "${ZONE:?}" "${BUCKET:?gs://BUCKET}" "${REPOSITORY:?to clone on the workers}"
 ACCELERATOR=${ACCELERATOR:-v5litepod-16}
 RUNTIME=${RUNTIME:-v2-alpha-tpuv5-lite}
-REVISION=${REVISION:-main}
+REVISION=${REVISION:-main} # a branch (as it is at each start), a tag or a commit
 MAX_RESTARTS=${MAX_RESTARTS:-100}
 WAIT=${WAIT:-60}
 
@@ -24,8 +25,10 @@ REMOTE="
 export PATH=\$HOME/.local/bin:\$PATH BERTGPT_JOB=$NAME
 command -v uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
 [ -d bertgpt_jax ] || git clone -q $REPOSITORY bertgpt_jax
-cd bertgpt_jax && git fetch -q && git checkout -q $REVISION &&
-{ [ -x .venv/bin/python ] || uv venv -q --python 3.12 .venv; } && uv pip install -q --python .venv -e '.[tpu,gcs]' &&
+{ cd bertgpt_jax && git fetch -q --tags --force &&
+  git checkout -q --detach \$(git rev-parse -q --verify origin/$REVISION || echo $REVISION) &&
+  { [ -x .venv/bin/python ] || uv venv -q --python 3.12 .venv; } &&
+  uv pip install -q --python .venv -e '.[tpu,gcs]'; } || exit 1
 { [ ! -f run.pid ] || { kill \$(cat run.pid) 2>/dev/null && sleep 30; } || true; }
 .venv/bin/python tools/train.py configs/bert/base.py corpus.path=$BUCKET/wiki.corpus \
   execution.distributed.auto=true --platform tpu --workdir $BUCKET/$NAME &
@@ -68,7 +71,7 @@ for ((starts = 0; starts <= MAX_RESTARTS; starts++)); do
     echo "finished; the slice is still there: gcloud compute tpus tpu-vm delete $NAME --zone $ZONE"
     exit 0
   fi
-  echo "exit codes ${codes:-none (the slice is gone?)}: restart $((starts + 1)) of $MAX_RESTARTS"
+  echo "exit codes ${codes:-none (the slice is gone, or nothing could be installed)}: restart $((starts + 1)) of $MAX_RESTARTS"
   sleep "$WAIT"
 done
 echo "given up after $MAX_RESTARTS restarts"

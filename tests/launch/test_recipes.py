@@ -9,6 +9,7 @@ import configparser
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -98,9 +99,9 @@ esac
 """A slice whose workers end with the codes on the next line of the file `ends`, or which is taken away (`gone`)."""
 
 
-def tpu_vm(root: Path, *ends: str, restarts: int = 5) -> tuple[Machine, subprocess.CompletedProcess]:
+def tpu_vm(root: Path, *ends: str, restarts: int = 5, **more: str) -> tuple[Machine, subprocess.CompletedProcess]:
     settings = {"NAME": "bert-base", "ZONE": "zone", "BUCKET": "gs://bucket", "REPOSITORY": "https://host/repository"}
-    machine = Machine(root, **settings, WAIT="0", MAX_RESTARTS=str(restarts))
+    machine = Machine(root, **settings | more, WAIT="0", MAX_RESTARTS=str(restarts))
     machine.stand_in("gcloud", GCLOUD)
     (machine.notes / "ends").write_text("".join(f"{line}\n" for line in ends))
     return machine, machine.run(str(RECIPES / "tpu_vm.sh"))
@@ -110,18 +111,24 @@ def verbs(machine: Machine) -> list[str]:
     return [call[3] for call in machine.calls("gcloud") if call[3] != "describe"]
 
 
+def remote(root: Path, **settings: str) -> str:
+    """The command that every worker of a TPU slice is given."""
+    (root / "here").mkdir()
+    machine, _ = tpu_vm(root / "here", "0", **settings)
+    call = next(call for call in machine.calls("gcloud") if call[3] == "ssh")
+    return call[call.index("--command") + 1]
+
+
 def on_worker(root: Path, code: int = 0) -> tuple[list[str], str]:
     """What a worker of a TPU slice starts, and its last line."""
-    (root / "here").mkdir()
+    command = remote(root)
     (root / "there").mkdir()
-    machine, _ = tpu_vm(root / "here", "0")
-    remote = next(call for call in machine.calls("gcloud") if call[3] == "ssh")
     worker = Machine(root / "there")
     worker.stand_in("curl", "echo true")
     worker.stand_in("uv")
     program = worker.stand_in("python", f"exit {code}")
     worker.stand_in("git", f'[ "$1" != clone ] || {{ mkdir -p "$4/.venv/bin" && cp {program} "$4/.venv/bin/python"; }}')
-    end = worker.run(remote[remote.index("--command") + 1])
+    end = worker.run(command)
     assert end.stderr == "", end
     assert worker.calls("uv")[0] == ["pip", "install", "-q", "--python", ".venv", "-e", ".[tpu,gcs]"]
     (arguments,) = worker.calls("python")
@@ -291,6 +298,52 @@ def test_tpu_vm_gives_up(tmp_path: Path) -> None:
 @pytest.mark.parametrize("code", [0, 75, 134])
 def test_a_tpu_worker_tells_its_code(code: int, tmp_path: Path) -> None:
     assert on_worker(tmp_path, code)[1] == f"bertgpt ended with code {code}"
+
+
+UV = """
+[ "$1" = venv ] || exit 0
+mkdir -p .venv/bin
+printf '#!/usr/bin/env bash\\ngit log -1 --format=%%s >>"$NOTES/trained"\\n' >.venv/bin/python
+chmod +x .venv/bin/python
+"""
+"""Makes an environment whose `python` notes which commit it trains."""
+
+GROWS = """
+commit() { git -c user.name=a -c user.email=a@b.c commit -q --allow-empty -m "$1"; }
+[ -d .git ] || { git init -q -b main . && commit old && git tag release && git branch topic; }
+for branch in main topic; do git checkout -q $branch && commit "$1 $branch" || exit 1; done
+"""
+"""A repository with two branches and a tag at their root, or one more commit on each branch."""
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="no git")
+@pytest.mark.parametrize(
+    ("revision", "trained"),
+    [
+        ("main", ["first main", "second main"]),
+        ("topic", ["first topic", "second topic"]),
+        ("release", ["old", "old"]),
+        ("absent", []),
+    ],
+)
+def test_a_tpu_worker_trains_what_a_branch_is_now(revision: str, trained: list[str], tmp_path: Path) -> None:
+    """Started again in a clone of before. A tag stays what it was; what cannot be fetched is not trained."""
+    command = remote(tmp_path, REVISION=revision)
+    for name in ("there", "origin"):
+        (tmp_path / name).mkdir()
+    origin, worker = Machine(tmp_path / "origin"), Machine(tmp_path / "there")
+    (worker.root / ".gitconfig").write_text(f'[url "file://{origin.root}"]\ninsteadOf = https://host/repository\n')
+    worker.stand_in("uv", UV)
+    ends = []
+    for which in ("first", "second"):
+        grown = origin.run(GROWS, "grow", which)
+        assert grown.returncode == 0, grown
+        ends.append(worker.run(command))
+    (origin.root / ".git").rename(tmp_path / "gone")
+    ends.append(worker.run(command))
+    assert [end.returncode for end in ends] == ([0, 0, 1] if trained else [1, 1, 1]), ends
+    notes = worker.notes / "trained"
+    assert (notes.read_text().splitlines() if notes.exists() else []) == trained, ends
 
 
 @pytest.mark.parametrize(("code", "does"), [*CODES, (137, "again")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 from pathlib import Path
@@ -13,7 +14,10 @@ Run = Any  # conftest.Run
 pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 
 SECONDS = 30
-"""Within which every process must have ended where one differs, on a machine that is not busy."""
+"""Within which every process must have ended where one differs; twice that where others have taken the machine.
+
+Two free cores took 7.0 s for another config, 7.4 code, 7.2 tokenizer, 19.3 coordinator; at a load of 7, up to 32 s.
+"""
 
 
 @pytest.fixture
@@ -26,7 +30,7 @@ def package(tmp_path: Path, repository: Path) -> Path:
 
 
 @pytest.mark.parametrize("differs", ["config", "code", "tokenizer", "coordinator"])
-def test_one_differs(differs: str, disturbed: Run, package: Path, repository: Path) -> None:
+def test_one_differs(differs: str, disturbed: Run, package: Path, repository: Path, record_property: Any) -> None:
     """Each process ends, names process 2 and what is wrong with it, and nothing is left."""
     other = disturbed.directory / "other.txt"
     other.write_text((disturbed.directory / "text.txt").read_text().translate(str.maketrans("abc", "xyz")))
@@ -42,12 +46,15 @@ def test_one_differs(differs: str, disturbed: Run, package: Path, repository: Pa
         ),
     }[differs]  # fmt: skip
     where = package if differs == "code" else repository
+    limit = SECONDS if os.getloadavg()[0] < 2 * (os.cpu_count() or 1) else 2 * SECONDS
     ends = disturbed.several(4, odd=2, change=change, package=where)
-    print(f"{differs}: {[round(end.seconds, 1) for end in ends]} s")
+    seconds = [round(end.seconds, 1) for end in ends]
+    print(f"{differs}: {seconds} s, limit {limit}")
+    record_property("seconds", seconds)
     for end in ends:
         assert end.code == code, ends
         line = end.err.rstrip().splitlines()[-1]
         assert line.startswith("error: ") and key in line and "process 2" in line, ends
         assert "Traceback" not in end.err
-    assert max(end.seconds for end in ends) < 2 * SECONDS, "twice the limit: the machine may be busy"
+    assert max(seconds) < limit
     assert not disturbed.workdir.exists()

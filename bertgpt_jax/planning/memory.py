@@ -27,6 +27,11 @@ LAYER_COPIES = 2.0
 """Values and gradients of a layer's arrays."""
 SCORE_BYTES = 8.0
 """Bytes a score of attention without a fused kernel: it and its gradient in fp32."""
+REPLICA_COPIES = 1.2
+"""Copies of the gradients that replicas need to sum theirs, beside what adding up microbatches takes; this and the next
+from BERT-large and GPT-2 medium with one row a chip on v4:2x2x1, where little else is in memory."""
+UPDATE_COPIES = 2.2
+"""Copies of the gradients while replicas sum them and update, with nothing left of the backward pass."""
 TABLE_BYTES = 10.0
 """Bytes an entry of the token table whose gradient is summed over microbatches: in bf16, and twice in fp32."""
 
@@ -37,9 +42,10 @@ class Memory:
 
     Attributes:
         params, optimizer, batch: what the step is given.
-        gradients: in fp32, twice where they are summed over microbatches.
+        gradients: in fp32, twice where they are summed over microbatches, and more where replicas then sum theirs.
         activations: what the backward pass finds of the forward pass.
         working: the largest of what exists for a moment: a layer's arrays and gathered weights, or the head's logits.
+        update: after the backward pass, where replicas sum gradients.
     """
 
     params: int
@@ -48,11 +54,12 @@ class Memory:
     gradients: int
     activations: int
     working: int
+    update: int = 0
 
     @property
     def temporaries(self) -> int:
-        """Beside what the step is given."""
-        return self.gradients + self.activations + self.working
+        """Beside what the step is given, at its worst moment."""
+        return max(self.gradients + self.activations + self.working, self.update)
 
     @property
     def total(self) -> int:
@@ -98,8 +105,10 @@ def given_bytes(shards: Shards, state: Mapping[str, Any], batch: Mapping[str, An
 
 def memory(work: Work, shards: Shards, given: tuple[int, int, int]) -> Memory:
     """What a step needs, `given` what it is given (`given_bytes`)."""
-    gradients = given[0] * (2 if work.microbatches > 1 else 1)
-    return Memory(*given, gradients, saved_bytes(work, shards), working_bytes(work, shards))
+    summing, several = shards.data > 1, work.microbatches > 1
+    copies = 1.0 if not several else 2.0 + REPLICA_COPIES * summing
+    update = int(UPDATE_COPIES * given[0]) if summing else 0
+    return Memory(*given, int(copies * given[0]), saved_bytes(work, shards), working_bytes(work, shards), update)
 
 
 def positions(work: Work, shards: Shards) -> float:

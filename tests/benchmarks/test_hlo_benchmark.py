@@ -90,13 +90,15 @@ class TestTpu:
         assert result.facts["gpt"]["reduce_scatters"] > 0
 
     @pytest.mark.slow
-    @pytest.mark.parametrize(("model", "place"), [("bert", "v5e:4x4"), ("gpt", "v6e:16x16")])
+    @pytest.mark.parametrize(
+        ("model", "place"), [("bert", "v5e:4x4"), pytest.param("gpt", "v6e:16x16", marks=pytest.mark.long)]
+    )
     def test_steps_hold_what_they_must_elsewhere(self, model: str, place: str) -> None:
         assert not [row for row in hlo.run(hlo.Settings(models=(model,), topology=place)).rows if not row.met]
 
     @pytest.mark.timeout(1200)
     @pytest.mark.parametrize(
-        "ladder", ["small", pytest.param("bert", marks=pytest.mark.slow), pytest.param("gpt", marks=pytest.mark.slow)]
+        "ladder", ["small", pytest.param("bert", marks=pytest.mark.long), pytest.param("gpt", marks=pytest.mark.long)]
     )
     def test_no_step_takes_more_memory_than_it_did(self, ladder: str, repository: Path) -> None:
         result = memory_ladder.run(memory_ladder.Settings(ladders=(ladder,)))

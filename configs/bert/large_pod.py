@@ -3,8 +3,8 @@
 Paper:    You et al. 2020; NVIDIA/DeepLearningExamples PyTorch/LanguageModeling/BERT scripts/run_pretraining.sh
 Command:  python tools/train.py configs/bert/large_pod.py corpus.path='wiki/*.gz' --workdir runs/bert-large-pod
 Hardware: 1,024 TPU v3 chips in You et al. (76 minutes); planned here for v5e:16x16 and v4:8x8x8
-Plan:     v5e:16x16 fits: 12.0 of 15.75 GiB a chip (by the model), MFU 40%, 0.1 days predicted
-Plan:     v4:8x8x8 fits: 9.3 of 30.75 GiB a chip (by the model), MFU 38%, 0.04 days predicted
+Plan:     v5e:16x16 fits: 13.4 of 15.75 GiB a chip (compiled), MFU 40%, 0.1 days predicted
+Plan:     v4:8x8x8 fits: 11.2 of 30.75 GiB a chip (compiled), MFU 38%, 0.04 days predicted
 Hours:    not published for this hardware
 Expect:   final pretraining loss 1.24 to 1.26, SQuAD 1.1 F1 90.7 to 91.0 (original); not reproduced by this project
 """

@@ -23,7 +23,11 @@ def get_config() -> RunConfig:
     return RunConfig(
         corpus=CorpusConfig(tokenizer=ByteBPEConfig(vocab_size=50_265)),
         model=BertConfig(
-            **SIZES["base"], vocab_multiple=128, norm_eps=1e-5, position_offset=2, type_vocab_size=0,
+            **SIZES["base"],
+            vocab_multiple=128,
+            norm_eps=1e-5,
+            position_offset=2,
+            type_vocab_size=0,
             next_sentence_head=False,
         ),
         objective=MaskedLM(examples=FullSentences(), masking=ROBERTA),

@@ -17,10 +17,11 @@ from bertgpt_jax.models.bert import BertConfig
 from bertgpt_jax.models.gpt import GptConfig
 from bertgpt_jax.objectives.causal_lm import CausalLM
 from bertgpt_jax.objectives.masked_lm_nsp import MaskedLMNSP
+from bertgpt_jax.parallel import replicas
 from bertgpt_jax.parallel.mesh import MeshConfig, make_mesh
 from bertgpt_jax.parallel.sharding import place_batch
 from bertgpt_jax.training import setup
-from bertgpt_jax.training.run_config import RunConfig, StageConfig, with_steps, with_vocabulary
+from bertgpt_jax.training.run_config import RunConfig, StageConfig, with_changes, with_steps, with_vocabulary
 from bertgpt_jax.training.schedules import Linear
 
 pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore:Sharding info not provided")]
@@ -33,11 +34,18 @@ LAST = 30
 TECHNIQUES = {
     "head_chunk": ("execution.compute.head_chunk=1",),  # divides BERT's few predictions too
     "remat_gelu": ("execution.compute.remat=gelu",),
+    "remat_dots": ("execution.compute.remat=dots",),
     "remat_full": ("execution.compute.remat=full",),
+    "offloaded": ("execution.compute.remat=offload",),
     "scanned": ("execution.compute.unroll_layers=false", "execution.compute.remat=dots"),
     "microbatches": ("stages.0.microbatches=4",),
+    "zero_1": ("execution.shard_optimizer=true",),
+    "padded_vocabulary": ("model.vocab_multiple=128",),
     "bfloat16": ("execution.compute.dtype=bfloat16",),
+    "moments_in_bfloat16": ("stages.0.optimizer.first_moment=bfloat16", "stages.0.optimizer.second_moment=bfloat16"),
+    "moments_factored": ("stages.0.optimizer.second_moment=factored",),
 }
+"""Packed rows and splash need other shapes: benchmark `convergence` has them, on real text."""
 
 
 def words_of(path: Path) -> str:
@@ -56,7 +64,7 @@ def words_of(path: Path) -> str:
 
 @pytest.fixture(scope="module")
 def curves(tmp_path_factory: pytest.TempPathFactory):
-    """(kind, overrides, steps) -> last mean losses of three seeds; initial states and batches are those of the seed."""
+    """(kind, overrides, steps) -> last mean losses of three seeds, each with its own start and batches."""
     root = tmp_path_factory.mktemp("curves")
     size = dict(
         num_layers=2, hidden_size=48, num_heads=2, intermediate_size=192, hidden_dropout=0.0, attention_dropout=0.0
@@ -78,7 +86,6 @@ def curves(tmp_path_factory: pytest.TempPathFactory):
         "gpt": dict(corpus=character, model=GptConfig(**size, max_positions=32), objective=CausalLM()),
         "bert": dict(corpus=pieces, model=BertConfig(**size, max_positions=32), objective=MaskedLMNSP()),
     }
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
 
     @cache
     def prepared(kind: str, seed: int, steps: int):
@@ -89,22 +96,20 @@ def curves(tmp_path_factory: pytest.TempPathFactory):
         config = with_vocabulary(config, corpus.vocab_size)
         train, _ = setup.make_datasets(config, corpus, root)[0]
         config = with_steps(config, [train.rows_per_epoch])
-        batches = [place_batch(train.batch(n, np.arange(16)), mesh, 16) for n in range(steps)]
-        return config, jax.device_get(setup.make_program(config, mesh).init()), batches
+        return config, [train.batch(n, np.arange(16)) for n in range(steps)]
 
     @cache
     def ends(kind: str, overrides: tuple[str, ...], steps: int = STEPS) -> np.ndarray:
         (root / "config.json").write_text(to_json(prepared(kind, SEEDS[0], steps)[0]))
         config = load_config(str(root / "config.json"), RunConfig, list(overrides))
-        program = setup.make_program(config, mesh)
-        step = setup.lower_train_step(program, config.stages[0]).compile()
-        lies = jax.tree.map(lambda x: x.sharding, program.abstract_state)
+        mesh = make_mesh(MeshConfig(), jax.devices()[: 2 if config.execution.shard_optimizer else 1])
+        step = setup.lower_train_step(setup.make_program(config, mesh), config.stages[0]).compile()
         found = []
         for seed in SEEDS:
-            _, state, batches = prepared(kind, seed, steps)
-            state, losses = jax.tree.map(jax.device_put, state, lies), []
-            for batch in batches:
-                state, metrics = step(state, batch)
+            state = setup.make_program(with_changes(config, {"seed": seed}), mesh).init()
+            losses = []
+            for batch in prepared(kind, seed, steps)[1]:
+                state, metrics = step(state, place_batch(batch, mesh, 16))
                 losses.append(metrics["loss"])
             losses = np.array(jax.device_get(losses))
             assert losses[-LAST:].mean() < 0.75 * losses[:5].mean(), "it learns"
@@ -116,8 +121,9 @@ def curves(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.mark.parametrize("technique", TECHNIQUES)
 @pytest.mark.parametrize("kind", ["gpt", "bert"])
-def test_curves_end_where_they_did(curves, kind: str, technique: str) -> None:
-    """No seed's curve moves by more than seeds differ among themselves."""
+def test_curves_end_where_they_did(curves, kind: str, technique: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mean over seeds moves by less than seeds differ among themselves (a standard deviation)."""
+    monkeypatch.setattr(replicas, "SMALL", 0)
     plain, changed = curves(kind, ()), curves(kind, TECHNIQUES[technique])
     noise = plain.std(ddof=1)
     assert noise < 0.1 * plain.mean(), "else nothing would be shown"

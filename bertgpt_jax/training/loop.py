@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,10 @@ from bertgpt_jax.training.guards import PreemptionGuard
 from bertgpt_jax.training.metrics import MetricWriter
 from bertgpt_jax.training.profiling import Profiler
 from bertgpt_jax.training.setup import Program, Stage, enter_stage
+
+AHEAD = 2
+"""Steps that are begun before their results are there. More gain nothing, and CPU devices that fall behind one another
+by many give up on the slowest after 40 seconds (XLA's rendezvous)."""
 
 
 class Loop:
@@ -61,6 +66,7 @@ class Loop:
         self._checkpoints, self._writer, self._guard, self._meta = checkpoints, writer, guard, meta
         self._moved = moved
         self._execution = program.config.execution
+        self._ahead: deque[jax.Array] = deque()
         self._pending: dict[str, Any] | None = owed  # metrics of the step that brought us to `self.step`
         self._evaluation: dict[str, float] = {}
         self._clock = Clock(stages[-1].stop)
@@ -110,6 +116,7 @@ class Loop:
             with jax.transfer_guard("disallow_explicit"):  # a copy to or from the device would wait for it
                 self.state, self._pending = step(self.state, batch)
             self._profiler.after(self.step + 1, self._pending)
+            self._wait_for_the_one_before_last()
             # ------------------------------------------------ log step n-1 while n runs
             if before is not None and self.step % self._execution.log_every == 0:
                 self._log(stage, before)
@@ -119,6 +126,12 @@ class Loop:
             self._clock.tokens += segment.batch_size * segment.sequence_length
 
     # ---------------------------------------------------------------- the five things a step may do
+
+    def _wait_for_the_one_before_last(self) -> None:
+        """Lets no more than `AHEAD` steps wait for their turn: one is computed while the next is ready."""
+        self._ahead.append(self._pending["loss"])
+        if len(self._ahead) > AHEAD:
+            jax.block_until_ready(self._ahead.popleft())
 
     def _due(self, every: int | None, stage: Stage) -> bool:
         return self.step == stage.stop or (every is not None and self.step % every == 0)

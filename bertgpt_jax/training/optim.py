@@ -55,7 +55,8 @@ class _Optimizer(Config):
 class _Adam(_Optimizer):
     """What Adam's relatives have in common.
 
-    bf16 and factored moments are not exact: curves differ within noise, memory by 2 to 4 bytes a parameter and moment.
+    bf16 and factored moments are not exact: they save 2 to 4 bytes a parameter and moment. Held-out losses of a small
+    BERT after 500 steps were 0.02% higher and 0.28% lower than with fp32, where seeds differ by 0.07% (docs/results).
     """
 
     first_moment: Annotated[First, ADDED] = Field(

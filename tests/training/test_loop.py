@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -105,6 +106,19 @@ def test_a_run_that_diverged(
         assert all(np.isfinite(leaf).all() for leaf in leaves.values())
         assert int(leaves["step"]) <= 6
     assert not (config.parent / name / "run.lock").exists()
+
+
+def test_steps_do_not_pile_up(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However rarely rows are logged, the step before the last is done when another one is begun."""
+    real, waited = jax.block_until_ready, []
+    monkeypatch.setattr(jax, "block_until_ready", lambda x: (waited.append(float(x)), real(x))[1])
+    workdir = config.parent / "ahead"
+    rare = ["execution.log_every=100", "execution.save_every=null", "stages.only.steps=12", "execution.eval_every=null"]
+    assert main([str(config), *rare, "--workdir", str(workdir)]) == 0
+    plain = config.parent / "each"
+    assert main([str(config), *rare[1:], "--workdir", str(plain)]) == 0
+    rows = [json.loads(line)["train/loss"] for line in (plain / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 12 and waited[:10] == pytest.approx(rows[:10])
 
 
 def test_a_learning_rate_far_too_high(config: Path, capsys: pytest.CaptureFixture) -> None:

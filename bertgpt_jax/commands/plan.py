@@ -134,11 +134,15 @@ def _table(args: argparse.Namespace) -> int:
     print(report.markdown(plans))
     print(f"\ntimes are {report.error_text(*{places.parse(tree['topology']) for _, tree in plans})}")
     if args.png:
-        report.draw(
-            [(f"{label.split()[0]}, {tree['chips']:,} {tree['topology']}", tree) for label, tree in plans],
-            Path(args.png),
-        )
+        report.draw(list(zip(_labels(trees), trees, strict=True)), Path(args.png))
     return 0
+
+
+def _labels(trees: list[dict[str, Any]]) -> list[str]:
+    """A name for each plan: its config and place, and its mesh where another plan has both too."""
+    names = [f"{tree['config']}, {tree['chips']:,} {tree['topology']}" for tree in trees]
+    meshes = [",".join(f"{axis}={size}" for axis, size in tree["mesh"].items() if size > 1) for tree in trees]
+    return [f"{name}, {mesh}" if names.count(name) > 1 else name for name, mesh in zip(names, meshes, strict=True)]
 
 
 def _print_ranking(ranked: list, place) -> None:

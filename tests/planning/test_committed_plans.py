@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from bertgpt_jax.commands.plan import _labels
 from bertgpt_jax.planning import places, report
 
 ASKED = {
@@ -44,6 +45,12 @@ def test_the_search_found_a_fast_layout_for_175b(plans: list[dict[str, Any]]) ->
     assert found["predicted_mfu"] >= 0.60 and found["binding"]
     times = [one["seconds"] for one in found["ranking"]]
     assert times == sorted(times) and len(times) == 10
+
+
+def test_each_has_a_bar_of_its_own(plans: list[dict[str, Any]]) -> None:
+    labels = _labels(plans)
+    assert len(set(labels)) == len(plans)
+    assert "gpt3/175b, 1,024 v5p:8x8x16, fsdp=512,tensor=2" in labels and "gpt3/1_3b, 256 v5e:16x16" in labels
 
 
 def test_the_table_is_that_of_the_plans(plans: list[dict[str, Any]]) -> None:

@@ -8,6 +8,7 @@ directory does to one command it must do to all that read it.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -234,5 +235,8 @@ def test_row_71_a_platform_that_is_not_here(command, repository, places, tmp_pat
         capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(repository)},
     )  # fmt: skip
     assert (ended.returncode, ended.stdout) == (CONFIG, ""), ended.stderr
-    assert ended.stderr.count("\n") == 1 and "error: --platform tpu: jax" in ended.stderr, ended.stderr
+    own = ended.stderr.splitlines()
+    if importlib.util.find_spec("libtpu"):  # it says before us what it misses
+        own = [line for line in own if line.startswith(("error", "Traceback"))]
+    assert len(own) == 1 and own[0].startswith("error: --platform tpu: jax"), ended.stderr
     assert list(tmp_path.iterdir()) == []

@@ -52,9 +52,15 @@ class Compiled:
     fp8: int
 
     def sent(self) -> dict[str, float]:
-        """Bytes that a device sends along each mesh axis; those over several axes are shared out among them."""
+        """Bytes that a device sends along each mesh axis; those over several axes are shared out among them.
+
+        What crosses between slices is under `dcn` instead.
+        """
         total: dict[str, float] = {}
         for one in self.collectives:
+            if one.network:
+                total["dcn"] = total.get("dcn", 0.0) + one.sent
+                continue
             for axis in one.axes:
                 total[axis] = total.get(axis, 0.0) + one.sent / len(one.axes)
         return total
@@ -141,7 +147,8 @@ def compile_here(job: Mapping[str, Any]) -> dict[str, Any]:
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + outputs
     text = program.as_text()
-    found = collectives(text, lowered.program.mesh.shape)
+    shape = lowered.program.mesh.shape
+    found = collectives(text, shape, lowered.program.config.execution.mesh.across_slices(place.slices, dict(shape)))
     return result | {
         "compile_seconds": seconds,
         "arguments": memory.argument_size_in_bytes,

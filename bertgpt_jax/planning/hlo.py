@@ -1,7 +1,8 @@
 """Collectives of a compiled program, read from its optimized HLO text: kind, mesh axes, bytes, how often they run.
 
 XLA prints a loop's body once; what is in it counts as often as the loop turns. A collective that is fused with
-computation is printed three times (start, middle, end) under one channel, and counts once.
+computation is printed three times (start, middle, end) under one channel, and counts once. What TPU slices send each
+other is printed as transfers to the host, whose runtime (Megascale) does the collective.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 
 from bertgpt_jax.parallel.hlo_text import Computations, Line, called, parse, shape_bytes
 
+_BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="([A-Z_]+)"')
 _TRIPS = re.compile(r'"known_trip_count":\s*\{\s*"n":\s*"?(\d+)')
 
 
@@ -28,22 +30,48 @@ class Collective:
         axes: mesh axes that take part; empty if they could not be told.
         count: how often such a one runs in a step.
         sent: bytes that a device sends in a step, over the links of those axes.
+        network: between slices, over the data-centre network instead.
     """
 
     kind: str
     axes: tuple[str, ...]
     count: int
     sent: float
+    network: bool = False
 
 
-def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
+def collectives(text: str, mesh_shape: Mapping[str, int], slices: Mapping[str, int] | None = None) -> list[Collective]:
     """What a program of one step sends, most bytes first.
 
     Args:
         text: `compiled.as_text()`.
         mesh_shape: axis name to size, in the order in which the program's partitions are numbered.
+        slices: axis name to how many slices it spans (`MeshConfig.across_slices`).
     """
     computations, entry = parse(text)
+    return sorted(_inside(computations, entry, mesh_shape) + _between(computations, entry, slices or {}), key=_less)
+
+
+def _less(one: Collective) -> float:
+    return -one.sent
+
+
+def _between(computations: Computations, entry: str, slices: Mapping[str, int]) -> list[Collective]:
+    """What slices send each other."""
+    axes, count = tuple(axis for axis, n in slices.items() if n > 1), math.prod(slices.values())
+    total: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
+    for _, line, times in _walk(computations, entry, 1):
+        kind = _BETWEEN_SLICES.search(line.rest) if line.opcode == "send" else None
+        if kind:
+            name, own = kind[1].lower().replace("_", "-"), shape_bytes(_parts(line.shape)[0])
+            share = {"all-reduce": 2 / count, "reduce-scatter": 1 / count, "all-gather": 1.0}.get(name)
+            total[name][0] += times
+            total[name][1] += times * own * (1.0 if share is None else share * (count - 1))
+    return [Collective(name, axes, int(n), sent, True) for name, (n, sent) in total.items()]
+
+
+def _inside(computations: Computations, entry: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
+    """What the chips of a slice send each other."""
     seen: dict[tuple, tuple[tuple, float, int]] = {}
     for computation, line, times in _walk(computations, entry, 1):
         kind = line.collective
@@ -63,8 +91,7 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
     for what, each, times in seen.values():
         total[what][0] += times
         total[what][1] += each * times
-    found = [Collective(kind, axes, int(count), sent) for (kind, axes), (count, sent) in total.items()]
-    return sorted(found, key=lambda c: -c.sent)
+    return [Collective(kind, axes, int(count), sent) for (kind, axes), (count, sent) in total.items()]
 
 
 def attention_kernels(text: str) -> tuple[int, int]:
@@ -191,11 +218,19 @@ def _result(line: Line) -> str:
     """The part of a shape that is the result: an asynchronous start gives (operands, results, ...)."""
     if not line.opcode.endswith("-start") or line.opcode == "all-reduce-start" or not line.shape.startswith("("):
         return line.shape
+    parts = _parts(line.shape)
+    return parts[1] if len(parts) > 1 else line.shape
+
+
+def _parts(shape: str) -> list[str]:
+    """The members of a tuple; a shape that is none, alone."""
+    if not shape.startswith("("):
+        return [shape]
     depth, parts = 0, [""]
-    for letter in line.shape[1:-1]:
+    for letter in shape[1:-1]:
         depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(letter, 0)
         if letter == "," and depth == 0:
             parts.append("")
         else:
             parts[-1] += letter
-    return parts[1] if len(parts) > 1 else line.shape
+    return parts

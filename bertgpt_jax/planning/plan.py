@@ -317,7 +317,8 @@ def _shapes(stage: StageConfig, work: Work, shards: Shards, place: Place, parame
         this = dataclasses.replace(work, rows=rows, length=segment.sequence_length, microbatches=parts)
         scaled = sent_bytes(this, shards, parameters)
         if sent is not None:
-            scaled = {a: sent.get(a, 0.0) * (scaled[a] / analytic[a] if analytic[a] else 1.0) for a in scaled}
+            between = {"dcn": sent["dcn"]} if "dcn" in sent else {}  # gradients, whatever the rows
+            scaled = {a: sent.get(a, 0.0) * (scaled[a] / analytic[a] if analytic[a] else 1.0) for a in scaled} | between
         seconds = step_time(this, shards, place, parameters, scaled).total
         shapes.append(Shape(segment.first, steps, segment.batch_size, rows, segment.sequence_length, parts, seconds))
     return shapes

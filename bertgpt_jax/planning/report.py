@@ -81,7 +81,8 @@ def _collectives(stage: StagePlan) -> list[str]:
         return []
     rows = [c for c in stage.compiled.collectives if c.sent >= 1e6][:8]
     return [
-        f"{'collectives' if i == 0 else '':12} {c.kind} over {'+'.join(c.axes) or '?'}: {c.count:,} a step, "
+        f"{'collectives' if i == 0 else '':12} {c.kind} over {'+'.join(c.axes) or '?'}"
+        f"{' between slices' if c.network else ''}: {c.count:,} a step, "
         f"{c.sent / 1e9:.3g} GB sent a device"
         for i, c in enumerate(rows)
     ] or [f"collectives  {'less than 1 MB of each kind' if stage.compiled.collectives else 'none'}"]
@@ -157,7 +158,7 @@ def _stage_json(plan: Plan, stage: StagePlan) -> dict[str, Any]:
             "model_total": m.total,
         },
         "collectives": [
-            {"kind": one.kind, "axes": list(one.axes), "count": one.count, "bytes": one.sent}
+            {"kind": one.kind, "axes": list(one.axes), "network": one.network, "count": one.count, "bytes": one.sent}
             for one in (c.collectives if c else ())
         ],
         "attention_kernels": list(c.attention) if c else None,

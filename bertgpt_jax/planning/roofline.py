@@ -72,8 +72,8 @@ def step_time(
 
     Args:
         parameters: of the whole model.
-        sent: mesh axis to bytes that a device sends along it in a step (read from a compiled program); by default the
-            analytic `sent_bytes`.
+        sent: mesh axis to bytes that a device sends along it in a step (read from a compiled program, then with what
+            crosses between slices as `dcn`); by default the analytic `sent_bytes`.
     """
     chip = place.chip
     sent = sent_bytes(work, shards, parameters) if sent is None else sent
@@ -82,9 +82,9 @@ def step_time(
     bubble = (shards.pipe - 1) / max(pipeline_parts(work, shards) * work.pipeline_repeats, 1) * (matmul + hbm)
     bandwidth = axis_bandwidth(place, shards, work.dcn_fsdp)
     by_axis = {axis: sent.get(axis, 0.0) / (bandwidth[axis] * LINKS) for axis in AXES}
-    dcn = 0.0
+    dcn = sent.get("dcn", 0.0) / (chip.dcn_bandwidth * LINKS)
     for axis, size, spans in zip(AXES, shards, (place.slices // work.dcn_fsdp, work.dcn_fsdp), strict=False):
-        if spans > 1:  # all chips of a slice share what goes to the others
+        if spans > 1 and "dcn" not in sent:  # all chips of a slice share what goes to the others
             dcn += sent.get(axis, 0.0) * (spans - 1) / (size - 1) / (chip.dcn_bandwidth * LINKS)
     far = over_network(place, shards, work.dcn_fsdp)
     dcn += sum(by_axis[axis] for axis in far)

@@ -53,6 +53,27 @@ def test_what_a_loop_holds_counts_as_often_as_it_turns(mesh: Mesh) -> None:
     assert gathers[0].sent == pytest.approx(5 * 3 / 4 * 64 * 64 * 4)
 
 
+def test_what_slices_send_each_other() -> None:
+    """As libtpu prints it: the chip's own 4 KiB go to the host, in a loop of three turns, and once 1 KiB."""
+    attributes = '_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_transfer_type="KIND"'
+    send = (
+        "  %s = (f32[1024]{0}, u32[], token[]) send(%a, %t), channel_id=4, is_host_transfer=true, "
+        f"frontend_attributes={{{attributes}}}"
+    )
+    text = f"""HloModule step
+%body (p: f32[2]) -> f32[2] {{
+{send.replace("KIND", "ALL_REDUCE")}
+}}
+ENTRY %main (p: f32[2]) -> f32[2] {{
+  %w = f32[2]{{0}} while(%p), condition=%c, body=%body, backend_config={{"known_trip_count":{{"n":"3"}}}}
+{send.replace("KIND", "ALL_GATHER").replace("f32[1024]", "bf16[512]")}
+  %other = (f32[8]{{0}}, u32[], token[]) send(%a, %t), channel_id=5
+}}"""
+    reduce, gather = collectives(text, {"data": 4, "fsdp": 2}, {"data": 2, "fsdp": 1})
+    assert (reduce.kind, reduce.axes, reduce.count, reduce.network) == ("all-reduce", ("data",), 3, True)
+    assert reduce.sent == 3 * 2 * 4096 * 1 / 2 and (gather.kind, gather.sent) == ("all-gather", 1024)
+
+
 def test_attention_kernels_are_told_apart() -> None:
     """As XLA prints them for a GPU and for a TPU, there in a loop that turns three times."""
     gpu = """HloModule step

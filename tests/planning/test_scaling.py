@@ -94,5 +94,8 @@ def test_compiled_for_tpus(capsys) -> None:
     assert (tree["chips"], tree["slices"], tree["fits"]) == (8, 2, True)
     assert tree["hbm_bytes"] == int(30.75 * 2**30) and tree["compile_seconds"] > 0
     kinds = {axis: {one["kind"] for one in tree["collectives"] if axis in one["axes"]} for axis in tree["mesh"]}
-    assert kinds["data"] <= {"all-reduce", "reduce-scatter", "all-gather"} and kinds["data"]
+    assert kinds["data"] == {"all-reduce"} and tree["terms_seconds"]["dcn"] > 0
+    assert {tuple(one["axes"]) for one in tree["collectives"] if one["network"]} == {("data",)}
+    (between,) = [one["bytes"] for one in tree["collectives"] if one["network"]]
+    assert 2 <= between / (tree["parameters"] / 4) <= 4, "a chip's quarter of the gradients, in bf16 or fp32"
     assert kinds["fsdp"] and kinds["tensor"] and not kinds["pipe"]

@@ -58,6 +58,30 @@ class PathChoice(NamedTuple):
 REFERENCE = PathChoice()
 
 
+class AttentionCase(NamedTuple):
+    """What is to be computed, as far as it decides what can compute it.
+
+    Attributes:
+        q_shape: (B, T, N, H).
+        kv_length: S, keys of a row.
+        dtype: of queries, keys and values.
+        dropping: attention probabilities are dropped.
+        shards: parts into which the mesh splits the queries; each sees all keys.
+    """
+
+    q_shape: tuple[int, ...]
+    kv_length: int
+    dtype: jnp.dtype
+    mask: AttentionMask
+    dropping: bool = False
+    shards: int = 1
+
+    def describe(self) -> str:
+        """`1024 x 1024 in 2 shards, 12 heads of 64, bfloat16`."""
+        (_, length, heads, width), parts = self.q_shape, f" in {self.shards} shards" if self.shards > 1 else ""
+        return f"{length} x {self.kv_length}{parts}, {heads} heads of {width}, {jnp.dtype(self.dtype).name}"
+
+
 def dot_product_attention(
     q_BTNH: Heads,
     k_BSNH: Heads,
@@ -81,7 +105,7 @@ def dot_product_attention(
     dropping = key is not None and dropout_rate > 0
     shards = sequence.split().shards if q_BTNH.shape[1] == k_BSNH.shape[1] else 1
     zigzag = choice.zigzag and shards > 1
-    path = choose(choice, q_BTNH.shape, k_BSNH.shape[1], q_BTNH.dtype, mask, dropping, shards)
+    path = choose(choice, AttentionCase(q_BTNH.shape, k_BSNH.shape[1], q_BTNH.dtype, mask, dropping, shards))
     if path == "ring":
         return ring.ring_attention(q_BTNH, k_BSNH, v_BSNH, mask, zigzag)
     if path == "splash":
@@ -99,101 +123,73 @@ def dot_product_attention(
 
 def choose(
     choice: PathChoice,
-    q_shape: tuple[int, ...],
-    kv_length: int,
-    dtype: jnp.dtype,
-    mask: AttentionMask,
-    dropping: bool,
-    shards: int,
+    case: AttentionCase,
 ) -> Literal["ring"] | Path:
-    """What computes attention of these shapes under this mask: a ring, or the path that serves.
+    """What computes attention: a ring, or the path that serves; what `auto` takes, and why, is said once for a case.
 
     Raises:
         ConfigError: what is wanted cannot serve; the message says why.
     """
-    settings = q_shape, kv_length, dtype, mask, dropping, shards
-    if shards > 1 and choose_form(choice, *settings) == "ring":
+    if case.shards > 1 and choose_form(choice, case) == "ring":
         return "ring"
-    return choose_path(choice, *settings)
+    return choose_path(choice, case)
 
 
 def choose_form(
     choice: PathChoice,
-    q_shape: tuple[int, ...],
-    kv_length: int,
-    dtype: jnp.dtype,
-    mask: AttentionMask,
-    dropping: bool,
-    shards: int,
+    case: AttentionCase,
 ) -> Form:
     """How a sequence in `shards` parts attends to itself; `auto` says once which it is and why.
 
     Raises:
         ConfigError: a ring is wanted and cannot serve.
     """
-    found = ring.obstacles(q_shape, kv_length, mask, dropping)
+    found = ring.obstacles(case.q_shape, case.kv_length, case.mask, case.dropping)
     if choice.wanted in _KERNELS:
         found = [f"it is computed by XLA, and execution.compute.attention = '{choice.wanted}'", *found]
-    shape = _described(q_shape, kv_length, dtype, shards)
     if choice.form == "ring" and found:
         raise ConfigError(
-            f"execution.compute.context_attention = 'ring' cannot serve {shape}: {'; '.join(found)}; "
+            f"execution.compute.context_attention = 'ring' cannot serve {case.describe()}: {'; '.join(found)}; "
             "use auto or all_gather"
         )
     if choice.form != "auto":
         return choice.form
-    path, why = _found_path(choice, q_shape, kv_length, dtype, mask, dropping, shards)
+    path, why = _found_path(choice, case)
     chosen = "all_gather" if found or path != "reference" else "ring"
     if chosen == "all_gather" and path == "reference":
         why = f"{why}; keys and values are gathered, as a ring cannot serve: {'; '.join(found)}"
     said = f"ring, {why}" if chosen == "ring" else f"{path}, {why}"
-    _say_once((choice, shape, jax.tree.structure(mask)), f"attention ({shape}): {said}")
+    _say_once(choice, case, said)
     return chosen
 
 
 def choose_path(
     choice: PathChoice,
-    q_shape: tuple[int, ...],
-    kv_length: int,
-    dtype: jnp.dtype,
-    mask: AttentionMask,
-    dropping: bool,
-    shards: int = 1,
+    case: AttentionCase,
 ) -> Path:
     """The path that serves these shapes; what is chosen, and why, is said once for shapes and a mask.
 
     That is what training has, which drops probabilities where the model does; evaluation may have a faster one.
 
-    Args:
-        q_shape: (B, T, N, H).
-        dropping: attention probabilities are dropped.
-        shards: parts into which the mesh splits the queries; each sees all keys.
-
     Raises:
         ConfigError: the wanted path cannot serve.
     """
-    path, why = _found_path(choice, q_shape, kv_length, dtype, mask, dropping, shards)
+    path, why = _found_path(choice, case)
     if choice.wanted != "reference":
-        shape = _described(q_shape, kv_length, dtype, shards)
-        _say_once((choice, shape, jax.tree.structure(mask)), f"attention ({shape}): {path}, {why}")
+        _say_once(choice, case, f"{path}, {why}")
     return path
 
 
 def _found_path(
     choice: PathChoice,
-    q_shape: tuple[int, ...],
-    kv_length: int,
-    dtype: jnp.dtype,
-    mask: AttentionMask,
-    dropping: bool,
-    shards: int,
+    case: AttentionCase,
 ) -> tuple[Path, str]:
     """`choose_path`, and why it is that one."""
     wanted, platform = choice.wanted, choice.platform
     path = PREFERRED.get(platform, "reference") if wanted == "auto" else wanted
     if path == "reference":
         return path, f"the path of {platform}" if wanted == "auto" else "as asked for"
-    found = _KERNELS[path](q_shape, kv_length, dtype, mask, dropping, shards)
+    found = _KERNELS[path](*case)
     owner = next((name for name, preferred in PREFERRED.items() if preferred == path), platform)
     if owner != platform and not (choice.emulate and path == "splash"):
         found = [f"it runs on {owner}, not on {platform}", *found]
@@ -201,25 +197,21 @@ def _found_path(
         return path, f"the kernel of {platform} serves" if wanted == "auto" else "as asked for"
     if wanted == "auto":
         return "reference", f"as {path} cannot serve: {'; '.join(found)}"
-    shape = _described(q_shape, kv_length, dtype, shards)
     raise ConfigError(
-        f"execution.compute.attention = '{wanted}' cannot serve {shape}: {'; '.join(found)}; use auto or reference"
+        f"execution.compute.attention = '{wanted}' cannot serve {case.describe()}: {'; '.join(found)}; "
+        "use auto or reference"
     )
-
-
-def _described(q_shape: tuple[int, ...], kv_length: int, dtype: jnp.dtype, shards: int) -> str:
-    parts = f" in {shards} shards" if shards > 1 else ""
-    return f"{q_shape[1]} x {kv_length}{parts}, {q_shape[2]} heads of {q_shape[3]}, {jnp.dtype(dtype).name}"
 
 
 _said: set[Hashable] = set()
 
 
-def _say_once(what: Hashable, message: str) -> None:
-    """Logs the first message of each `what`."""
+def _say_once(choice: PathChoice, case: AttentionCase, said: str) -> None:
+    """Logs what is said first of a choice, shapes and a kind of mask."""
+    what = choice, case.describe(), jax.tree.structure(case.mask)
     if what not in _said:
         _said.add(what)
-        log.info(message)
+        log.info(f"attention ({case.describe()}): {said}")
 
 
 def reference_attention(

@@ -165,9 +165,9 @@ layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:
-    """x / root mean square of the last axis (Zhang & Sennrich 2019, eq. 4), statistics in fp32, result in x's dtype.
+    """x [..., D] over its root mean square along D, times scale [D] in fp32 (Zhang & Sennrich 2019, eq. 4).
 
-    Its own gradient keeps x and one fp32 number a row.
+    Statistics are fp32, the result has x's shape and dtype. Its own gradient keeps x and one fp32 number a row.
     """
     return _rms_norm_forward(x, scale, eps)[0]
 

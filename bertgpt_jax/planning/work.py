@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from bertgpt_jax.nn.attention import PathChoice, choose_form, choose_path
+from bertgpt_jax.nn.attention import AttentionCase, PathChoice, choose
 from bertgpt_jax.nn.masks import AttentionMask
 from bertgpt_jax.parallel.mesh import AXES
 from bertgpt_jax.parallel.pipeline import PER_STAGE
@@ -121,7 +121,7 @@ def work_of(config: RunConfig, stage: StageConfig, platform: str, context: int =
     model, compute = config.model, config.execution.compute
     causal = config.objective.kind == "causal_lm"
     choice = PathChoice(compute.attention, platform, compute.context_attention)
-    attention = (
+    attention = AttentionCase(
         (1, stage.sequence_length, model.num_heads, model.head_size),
         stage.sequence_length,
         jnp.dtype(compute.dtype),
@@ -129,7 +129,6 @@ def work_of(config: RunConfig, stage: StageConfig, platform: str, context: int =
         model.attention_dropout > 0,
         context,
     )
-    by_tiles = context > 1 and choose_form(choice, *attention) == "ring"
     return Work(
         layers=model.num_layers,
         width=model.hidden_size,
@@ -143,7 +142,7 @@ def work_of(config: RunConfig, stage: StageConfig, platform: str, context: int =
         scored=config.objective.scored_share(stage.sequence_length),
         microbatches=stage.microbatches,
         remat=compute.remat,
-        fused_attention=by_tiles or choose_path(choice, *attention) != "reference",
+        fused_attention=choose(choice, attention) != "reference",
         head_chunk=compute.head_chunk,
         pipeline_parts=config.execution.pipeline.microbatches,
         pipeline_repeats=config.execution.pipeline.groups,

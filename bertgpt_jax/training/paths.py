@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from bertgpt_jax.nn import sequence
-from bertgpt_jax.nn.attention import choose
+from bertgpt_jax.nn.attention import AttentionCase, choose
 from bertgpt_jax.nn.blocks import ComputeConfig
 from bertgpt_jax.nn.linear_cross_entropy import check_chunk, fitting_chunks
 from bertgpt_jax.nn.masks import AttentionMask
@@ -33,7 +33,8 @@ def check_paths(config: RunConfig, compute: ComputeConfig, mesh: Mesh, rows: int
     shape, dropping = (rows, length, model.num_heads, model.head_size), model.attention_dropout > 0
     with sharding.mesh_context(mesh, config.execution.mesh.logical_axes()):
         shards = sequence.split().shards
-        choose(compute.attention_choice(), shape, length, jnp.dtype(compute.dtype), mask, dropping, shards)
+        case = AttentionCase(shape, length, jnp.dtype(compute.dtype), mask, dropping, shards)
+        choose(compute.attention_choice(), case)
         if compute.head_chunk is not None:
             check_chunk(compute.head_chunk, scored_positions(config, length))
 

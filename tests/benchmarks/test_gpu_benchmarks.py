@@ -29,14 +29,6 @@ TINY = dict(trial=TRIAL, block=2, blocks=2, words=3000)
 FP32 = ComputeConfig(dtype="float32")
 
 
-@pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the command sets for GPUs is gone afterwards."""
-    for name in ("XLA_PYTHON_CLIENT_PREALLOCATE", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
-        monkeypatch.setenv(name, os.environ.get(name, ""))
-        monkeypatch.delenv(name)
-
-
 # ---------------------------------------------------------------- what is measured
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,6 @@ from bertgpt_jax.errors import ConfigError
 
 TINY = gpu_checks.Settings(rows=4, length=128, heads=1, widths=(64,), hidden=32, vocabulary=128)
 TRIAL = Trial(layers=1, hidden=32, heads=2, vocabulary=256, length=32, rows=4)
-
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the command sets for GPUs is gone afterwards."""
-    for name in ("XLA_PYTHON_CLIENT_PREALLOCATE", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
-        monkeypatch.setenv(name, os.environ.get(name, ""))
-        monkeypatch.delenv(name)
 
 
 # ---------------------------------------------------------------- judging

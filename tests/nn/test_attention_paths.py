@@ -11,7 +11,7 @@ import pytest
 
 from bertgpt_jax.errors import ConfigError
 from bertgpt_jax.nn import attention
-from bertgpt_jax.nn.attention import PathChoice, choose_form, choose_path, dot_product_attention
+from bertgpt_jax.nn.attention import AttentionCase, PathChoice, choose_form, choose_path, dot_product_attention
 from bertgpt_jax.nn.masks import AttentionMask, causal_mask, segment_mask
 from bertgpt_jax.planning.gpu import stand_in
 from bertgpt_jax.planning.places import parse
@@ -21,7 +21,7 @@ SEGMENTS = jnp.ones((2, 128), jnp.int32)
 
 
 def choose(wanted: str, platform: str, mask: AttentionMask, dtype: str = "bfloat16", dropping: bool = False) -> str:
-    return choose_path(PathChoice(wanted, platform), SHAPE, 128, jnp.dtype(dtype), mask, dropping)
+    return choose_path(PathChoice(wanted, platform), AttentionCase(SHAPE, 128, jnp.dtype(dtype), mask, dropping))
 
 
 @pytest.mark.parametrize(
@@ -90,9 +90,8 @@ def test_auto_says_one_line_of_a_split_sequence(
 ) -> None:
     monkeypatch.setattr(attention, "_said", set())
     with caplog.at_level(logging.INFO):
-        attention.choose(
-            PathChoice("auto", platform), (2, 512, 4, 64), 512, jnp.dtype("float32"), causal_mask(), dropping, 2
-        )
+        case = AttentionCase((2, 512, 4, 64), 512, jnp.dtype("float32"), causal_mask(), dropping, 2)
+        attention.choose(PathChoice("auto", platform), case)
     assert caplog.messages == [f"attention (512 x 512 in 2 shards, 4 heads of 64, float32): {why}"]
 
 
@@ -124,17 +123,16 @@ def test_a_wanted_path_that_cannot_serve(wanted: str, platform: str, words: list
     ],
 )
 def test_form_over_a_split_sequence(platform: str, mask: AttentionMask, dropping: bool, form: str) -> None:
-    settings = (2, 512, 4, 64), 512, jnp.dtype("bfloat16"), mask, dropping, 2
-    assert choose_form(PathChoice("auto", platform), *settings) == form
-    assert choose_form(PathChoice("auto", platform, "all_gather"), *settings) == "all_gather"
+    case = AttentionCase((2, 512, 4, 64), 512, jnp.dtype("bfloat16"), mask, dropping, 2)
+    assert choose_form(PathChoice("auto", platform), case) == form
+    assert choose_form(PathChoice("auto", platform, "all_gather"), case) == "all_gather"
 
 
 @pytest.mark.parametrize("wanted", ["splash", "cudnn"])
 def test_a_ring_and_a_kernel_exclude_each_other(wanted: str) -> None:
     with pytest.raises(ConfigError, match=rf"'ring' cannot serve .*attention = '{wanted}'.*; use auto or all_gather"):
-        choose_form(
-            PathChoice(wanted, "tpu", "ring"), (2, 512, 4, 64), 512, jnp.dtype("bfloat16"), causal_mask(), False, 2
-        )
+        case = AttentionCase((2, 512, 4, 64), 512, jnp.dtype("bfloat16"), causal_mask(), shards=2)
+        choose_form(PathChoice(wanted, "tpu", "ring"), case)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from bertgpt_jax.errors import ConfigError
-from bertgpt_jax.nn.attention import PREFERRED, PathChoice, choose_path, dot_product_attention
+from bertgpt_jax.nn.attention import PREFERRED, AttentionCase, PathChoice, choose_path, dot_product_attention
 from bertgpt_jax.nn.masks import AttentionMask, causal_mask, segment_mask
 from bertgpt_jax.parallel.mesh import MeshConfig, make_mesh
 from bertgpt_jax.parallel.sharding import mesh_context
@@ -29,7 +29,7 @@ TOKAMAX = PathChoice("tokamax")
 def test_without_it_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError) as caught:
-        choose_path(TOKAMAX, (B, T, N, H), T, jnp.dtype("float32"), causal_mask(), False)
+        choose_path(TOKAMAX, AttentionCase((B, T, N, H), T, jnp.dtype("float32"), causal_mask()))
     assert "\n" not in str(caught.value)
     assert "it is not installed: pip install 'bertgpt_jax[tokamax]'" in str(caught.value)
 
@@ -41,7 +41,7 @@ def test_it_is_never_chosen() -> None:
 def test_what_it_cannot_serve() -> None:
     mask = AttentionMask(causal=True, window=4, q_segments_BT=REAL, kv_segments_BS=REAL)
     with pytest.raises(ConfigError) as caught:
-        choose_path(TOKAMAX, (B, T, N, H), 2 * T, jnp.dtype("float32"), mask, True, 2)
+        choose_path(TOKAMAX, AttentionCase((B, T, N, H), 2 * T, jnp.dtype("float32"), mask, True, 2))
     words = ["the mesh splits", "no dropout", "a window", "several segments", f"causal attention of {T} queries"]
     assert all(word in str(caught.value) for word in words), caught.value
 

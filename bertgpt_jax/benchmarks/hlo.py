@@ -6,6 +6,7 @@ gradient summed whole; the state updated in its own memory; one attention kernel
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from bertgpt_jax.models.bert import BertConfig
 from bertgpt_jax.models.gpt import GptConfig
 from bertgpt_jax.objectives.causal_lm import CausalLM
 from bertgpt_jax.objectives.masked_lm_nsp import MaskedLMNSP
-from bertgpt_jax.parallel.hlo_text import Computations, arrays, called, in_loops, parse, shape_bytes
+from bertgpt_jax.parallel.hlo_text import Computations, Line, array_bytes, arrays, called, in_loops, parse
 from bertgpt_jax.parallel.sharding import bytes_per_device
 from bertgpt_jax.parallel.topology import describe
 from bertgpt_jax.training.ahead import lower_step
@@ -29,7 +30,7 @@ from bertgpt_jax.training.run_config import RunConfig
 class Settings(Config):
     """Settings of the benchmark; rows are those of one device."""
 
-    topology: str = "v5e:4x4"
+    topologies: tuple[str, ...] = Field(default=("v5e:4x4", "v6e:16x16"), min_length=1)
     models: tuple[Literal["gpt", "bert"], ...] = ("gpt", "bert")
     layers: int = Field(default=2, ge=1)
     hidden: int = Field(default=256, ge=8)
@@ -43,9 +44,9 @@ class Settings(Config):
 def run(settings: Settings) -> Result:
     """Compiles a step of each model and counts what its program holds."""
     rows, facts = [], {}
-    for kind in settings.models:
-        found = facts[kind] = examine(settings, kind)
-        name = f"{kind.upper()} L{settings.layers} on {settings.topology}"
+    for topology, kind in itertools.product(settings.topologies, settings.models):
+        name = f"{kind.upper()} L{settings.layers} on {topology}"
+        found = facts[name] = examine(settings, kind, topology)
         rows += [
             Row(f"{name}: fp32 arrays as large as the logits", found["logits_fp32"], "", most=0),
             Row(f"{name}: collectives inside the accumulation loop", found["collectives_in_loops"], "", most=0),
@@ -57,7 +58,7 @@ def run(settings: Settings) -> Result:
     return Result(tuple(rows), {}, facts=facts)
 
 
-def step_config(settings: Settings, kind: str) -> RunConfig:
+def step_config(settings: Settings, kind: str, devices: int) -> RunConfig:
     """A run of a small model in bf16 that accumulates and shares the optimizer's state."""
     sizes: dict[str, Any] = dict(
         vocab_size=settings.vocabulary, max_positions=settings.length, num_layers=settings.layers,
@@ -65,7 +66,7 @@ def step_config(settings: Settings, kind: str) -> RunConfig:
         hidden_dropout=0.0, attention_dropout=0.0,
     )  # fmt: skip
     stage = dict(
-        steps=10, sequence_length=settings.length, batch_size=settings.rows * len(describe(settings.topology)),
+        steps=10, sequence_length=settings.length, batch_size=settings.rows * devices,
         microbatches=settings.microbatches, schedule=dict(kind="constant", peak=1e-4),
     )  # fmt: skip
     tree = dict(
@@ -76,9 +77,10 @@ def step_config(settings: Settings, kind: str) -> RunConfig:
     return build(RunConfig, tree, "benchmark")
 
 
-def examine(settings: Settings, kind: str) -> dict[str, float]:
+def examine(settings: Settings, kind: str, topology: str) -> dict[str, float]:
     """Counts of what `run` holds against its bars."""
-    lowered = lower_step(step_config(settings, kind), describe(settings.topology))
+    devices = describe(topology)
+    lowered = lower_step(step_config(settings, kind, len(devices)), devices)
     compiled = lowered.step.compile()
     computations, _ = parse(compiled.as_text())
     lines = [(where, line) for where, found in computations.items() for line in found]
@@ -86,18 +88,50 @@ def examine(settings: Settings, kind: str) -> dict[str, float]:
     scored = rows * max(round(objective.scored_share(settings.length) * settings.length), 1)
     inside = in_loops(computations)
     kernels = [line.name for where, line in lines if "tpu_custom_call" in line.rest and where in inside]
-    whole = sum(shape_bytes(line.shape) for _, line in lines if line.collective == "all-reduce")
     state = lowered.program.abstract_state
     bytes_of_state = bytes_per_device(state, jax.tree.map(lambda x: x.sharding, state))
     return {
         "logits_fp32": sum(scored * settings.vocabulary in sizes for sizes in fp32_arrays(computations)),
         "collectives_in_loops": sum(line.collective is not None for where, line in lines if where in inside),
-        "share_summed_whole": whole / (4 * lowered.program.parameters),
+        "share_summed_whole": bytes_summed_whole(computations) / (4 * lowered.program.parameters),
         "reduce_scatters": sum(line.collective == "reduce-scatter" for _, line in lines),
         "share_in_place": compiled.memory_analysis().alias_size_in_bytes / bytes_of_state,
         "kernels_forward": sum("fwd" in name for name in kernels),
         "kernels_backward": sum("fwd" not in name for name in kernels),
     }
+
+
+def bytes_summed_whole(computations: Computations) -> int:
+    """Bytes of what all-reduces sum and leave whole on every device.
+
+    Two kinds are none of these, as libtpu compiles: the sum inside a fusion `all-reduce-scatter`, of which each device
+    keeps its part, and small parts that are gathered by adding them up, each laid into zeros at its place.
+    """
+    lines = {line.name: line for found in computations.values() for line in found}
+    total = 0
+    for where, found in computations.items():
+        for line in found:
+            if line.collective == "all-reduce" and not where.startswith("all-reduce-scatter"):
+                each = zip(line.operands, array_bytes(line.shape), strict=True)
+                total += sum(size for name, size in each if not _laid_into_zeros(name, computations, lines))
+    return total
+
+
+def _laid_into_zeros(name: str, computations: Computations, lines: dict[str, Line]) -> bool:
+    """Whether an instruction, or the fusion whose result it is, lays something into an array of equal numbers."""
+    made, index = lines[name], 0
+    if made.opcode == "get-tuple-element":
+        made, index = lines[made.operands[0]], int(made.rest.rpartition("index=")[2].split(",")[0])
+    outside = made.operands
+    if made.opcode == "fusion":
+        made = computations[called(made)[0]][-1]
+        made = lines[made.operands[index]] if made.opcode == "tuple" else made
+    if made.opcode != "dynamic-update-slice":
+        return False
+    into = lines[made.operands[0]]
+    if into.opcode == "parameter":
+        into = lines[outside[int(into.rest.partition(")")[0])]]
+    return into.opcode == "broadcast"
 
 
 def fp32_arrays(computations: Computations) -> Iterator[list[int]]:

@@ -13,6 +13,7 @@ _BITS = {"pred": 8, "bf16": 16, "token": 0, "opaque": 0}
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _NAME = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
 _ARRAY = re.compile(r"([a-z][a-z0-9]*)\[([0-9,]*)\]")
+_OPERAND = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
 _CALLED_LISTS = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}")
 
@@ -36,6 +37,11 @@ class Line:
         """The kind of collective that this is or starts; None if it is none."""
         kind = self.opcode.removesuffix("-start")
         return kind if kind in COLLECTIVES else None
+
+    @property
+    def operands(self) -> list[str]:
+        """Names of the instructions whose results this takes."""
+        return _OPERAND.findall(self.rest.partition(")")[0])
 
 
 Computations = dict[str, list[Line]]
@@ -97,10 +103,12 @@ def arrays(shape: str) -> list[tuple[str, int]]:
     return [(dtype, math.prod(int(n) for n in sizes.split(",") if n)) for dtype, sizes in _ARRAY.findall(plain)]
 
 
+def array_bytes(shape: str) -> list[int]:
+    """Bytes of every array of a shape."""
+    widths = [(_BITS.get(dtype, int((re.search(r"\d+", dtype) or [0])[0])), n) for dtype, n in arrays(shape)]
+    return [n * bits // 8 for bits, n in widths]
+
+
 def shape_bytes(shape: str) -> int:
     """Bytes of all arrays of a shape."""
-    total = 0
-    for dtype, elements in arrays(shape):
-        width = re.search(r"\d+", dtype)
-        total += elements * _BITS.get(dtype, int(width[0]) if width else 0) // 8
-    return total
+    return sum(array_bytes(shape))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -41,7 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--from-step", type=int, metavar="N", help="go on from checkpoint N; newer ones are set aside")
     add_platform(parser)
-    return run_command(_train, parser, argv)
+    gc.disable()  # imports and tracing make much that lasts and hardly a cycle; the run turns it on again
+    try:
+        return run_command(_train, parser, argv)
+    finally:
+        gc.enable()
 
 
 def _train(args: argparse.Namespace) -> int:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from bertgpt_jax.nn import sequence
@@ -123,6 +123,8 @@ def _kernel(
     interpret: bool = False,
 ) -> Callable:
     """The kernel for `shape` (N, T, S) of the whole attention, of which a device computes its heads and queries."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # slow to import, and for TPUs alone
+
     heads, lengths = shape[0], shape[1:]
     if mask.window is not None:
         static = splash.LocalMask(lengths, (mask.window - 1, 0 if mask.causal else mask.window - 1), 0)
@@ -132,7 +134,7 @@ def _kernel(
         static.q_sequence = sequence.zigzag_order(lengths[0], shards)
     return splash.make_splash_mha(
         splash.MultiHeadMask([static] * heads),
-        block_sizes=_blocks(lengths[0] // shards, lengths[1]),
+        block_sizes=splash.BlockSizes(**_blocks(lengths[0] // shards, lengths[1])),
         head_shards=head_shards,
         q_seq_shards=shards,
         interpret=interpret,
@@ -154,20 +156,22 @@ def _local_attention(
     if segments is None:
         out_BNTH = jax.vmap(kernel)(q_BNTH, k_BNSH, v_BNSH)
     else:
+        from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
+
         q_segments, kv_segments = (s.astype(jnp.int32) for s in segments)
-        ids = splash.SegmentIds(q_segments, sequence.gathered(kv_segments, lies, zigzag))
+        ids = SegmentIds(q_segments, sequence.gathered(kv_segments, lies, zigzag))
         out_BNTH = jax.vmap(kernel)(q_BNTH, k_BNSH, v_BNSH, ids)
     return out_BNTH.astype(q_BTNH.dtype).swapaxes(1, 2)
 
 
-def _blocks(length: int, kv_length: int) -> splash.BlockSizes:
-    """The largest blocks up to `BLOCK` that divide the lengths; one fused backward kernel."""
+def _blocks(length: int, kv_length: int) -> dict[str, Any]:
+    """`splash.BlockSizes`: the largest up to `BLOCK` that divide the lengths; one fused backward kernel."""
 
     def largest(n: int) -> int:
         return max(size for size in range(LANES, BLOCK + 1, LANES) if n % size == 0)
 
     q, kv = largest(length), largest(kv_length)
-    return splash.BlockSizes(
+    return dict(
         block_q=q,
         block_kv=kv,
         block_kv_compute=kv,

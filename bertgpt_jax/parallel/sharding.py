@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
 
@@ -169,11 +168,6 @@ def check_batch(batch_size: int, microbatches: int, mesh: Mesh, name: str) -> No
         raise ConfigError(
             f"{name}.batch_size {batch_size} is not divisible by {axes}*microbatches = {step}; use {advice}"
         )
-
-
-def sharded_init(init: Callable[[], PyTree], shardings: PyTree) -> PyTree:
-    """`init()` computed straight into its shardings."""
-    return jax.jit(init, out_shardings=shardings)()
 
 
 def bytes_per_device(abstract: PyTree, shardings: PyTree) -> int:

@@ -7,13 +7,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
 from bertgpt_jax.errors import ConfigError
-from bertgpt_jax.training import memory, setup
+from bertgpt_jax.shapes import PyTree
+from bertgpt_jax.training import kept, memory, setup
 from bertgpt_jax.training.ahead import stated_vocabulary
 from bertgpt_jax.training.run_config import RunConfig, StageConfig, with_steps, with_vocabulary
 
@@ -32,26 +34,32 @@ class Compiler:
 
     Args:
         first_step: the step at which the run will probably go on; stages before it are not compiled.
+        directory: where programs are kept for the next start (`kept`); None: nowhere.
 
     Attributes:
         first_step: as given.
         program: what is compiled; None before `start` knew enough.
     """
 
-    def __init__(self, mesh: Mesh, first_step: int = 0):
+    def __init__(self, mesh: Mesh, first_step: int = 0, directory: Path | None = None):
         self.program: setup.Program | None = None
         self.first_step, self._mesh = first_step, mesh
         self._thread = ThreadPoolExecutor(1, "compiler")
-        self._tasks: dict[tuple[str, StageConfig], Future[tuple[Any, float]]] = {}
+        self._tasks: dict[tuple[str, StageConfig], Future[_Made]] = {}
         self._given_up = threading.Event()
         # Processes that compile together may wait for one another in the compiler: what one begins, all finish.
         self._alone = jax.process_count() == 1
+        self._directory = directory if self._alone else None
+        self._drawing: _Made | None = None
+        self._read: list[str] = []
 
     def __enter__(self) -> Compiler:
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         self._give_up()
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            kept.discard(self._directory, self._read)
 
     def start_early(self, config: RunConfig) -> None:
         """`start` before the data are there; with the vocabulary that the tokenizer's config states, if it must be.
@@ -88,6 +96,7 @@ class Compiler:
             self._give_up()
             self._thread = ThreadPoolExecutor(1, "compiler")
         self.program = setup.make_program(config, self._mesh, guessed)
+        self._drawing = self._kept("state", self.program, None) if self.first_step == 0 else None  # it runs first
         for first, stage in self._stages():
             if self.first_step < first + stage.steps:
                 for shape in dict.fromkeys(self._shapes(stage, self.first_step - first).values()):
@@ -103,6 +112,11 @@ class Compiler:
             self._given_up.set()
             self._given_up = threading.Event()
 
+    def draw(self) -> PyTree:
+        """A fresh state; its program is made in the caller's thread, beside the others."""
+        made = self._drawing or self._make("state", self.program, None, self._given_up)
+        return made.program()
+
     def steps(self, step: int, say: Callable[[str], None]) -> list[Compiled]:
         """Waits for everything that a run going on at `step` needs, so that no later shape can fail after days.
 
@@ -114,20 +128,19 @@ class Compiler:
             if step >= start + stage.steps:
                 found.append((None, None))
                 continue
-            shapes, programs, seconds = self._shapes(stage, step - start), {}, 0.0
+            shapes, made = self._shapes(stage, step - start), {}
             for shape in dict.fromkeys(shapes.values()):
-                programs[shape], took = self._result("train", shape)
-                memory.check(self.program, shape, programs[shape])
-                seconds += took
+                made[shape] = self._result("train", shape)
+                memory.check(self.program, shape, made[shape].program)
                 segment = stage.ramp().segments[next(i for i, other in shapes.items() if other == shape)]
                 if shape.batch_size > segment.batch_size:
                     rows = f"batches of {segment.batch_size} rows are filled up to {shape.batch_size}"
                     say(f"{rows} with rows of weight 0")
                 if len(shapes) > 1:
                     say(f"compiled batch {shape.batch_size} x {shape.sequence_length}")
-            evaluation, took = self._result("eval", stage)
-            found.append(({segment: programs[shape] for segment, shape in shapes.items()}, evaluation))
-            say(f"compiled stage {stage.name} in {seconds + took:.1f} s")
+            evaluation = self._result("eval", stage)
+            found.append(({segment: made[shape].program for segment, shape in shapes.items()}, evaluation.program))
+            say(_told(stage, [*made.values(), evaluation]))
         return found
 
     def _stages(self) -> Iterator[tuple[int, StageConfig]]:
@@ -143,25 +156,65 @@ class Compiler:
         first, last = stage.ramp().index(max(step, 0)), stage.ramp().index(stage.steps - 1)
         return {i: setup.shape_config(self.program, stage, segments[i]) for i in range(first, last + 1)}
 
-    def _result(self, kind: str, shape: StageConfig) -> tuple[Any, float]:
+    def _result(self, kind: str, shape: StageConfig) -> _Made:
         try:
             return self._submit(kind, shape).result()
         except Exception as error:
             raise memory.explained(error, self.program, shape)  # noqa: B904 (it is `error` itself, or caused by it)
 
-    def _submit(self, kind: str, shape: StageConfig) -> Future[tuple[Any, float]]:
+    def _submit(self, kind: str, shape: StageConfig) -> Future[_Made]:
         if (kind, shape) not in self._tasks:
-            self._tasks[kind, shape] = self._thread.submit(_compile, kind, self.program, shape, self._given_up)
+            self._tasks[kind, shape] = self._thread.submit(self._make, kind, self.program, shape, self._given_up)
         return self._tasks[kind, shape]
 
+    def _make(self, kind: str, program: setup.Program, shape: StageConfig | None, given_up: threading.Event) -> _Made:
+        made = self._kept(kind, program, shape)
+        if made is not None:
+            return made
+        begun = time.perf_counter()
+        lowered = _lower(kind, program, shape)
+        if given_up.is_set():
+            raise CancelledError
+        found, is_new = kept.compiled(lowered)
+        name = self._name(kind, program, shape)
+        if name and is_new:
+            with contextlib.suppress(RuntimeError):  # nobody waits for programs any more
+                self._thread.submit(kept.save, self._directory, name, found)
+        return _Made(found, time.perf_counter() - begun, False)
 
-def _compile(kind: str, program: setup.Program, shape: StageConfig, given_up: threading.Event) -> tuple[Any, float]:
-    begun = time.perf_counter()
-    lower = setup.lower_train_step if kind == "train" else setup.lower_eval_step
-    lowered = lower(program, shape)
-    if given_up.is_set():
-        raise CancelledError
-    return lowered.compile(), time.perf_counter() - begun
+    def _name(self, kind: str, program: setup.Program, shape: StageConfig | None) -> str | None:
+        return kept.key(kind, program.config, shape, program.mesh) if self._directory else None
+
+    def _kept(self, kind: str, program: setup.Program, shape: StageConfig | None) -> _Made | None:
+        """What an earlier start kept; None where there is none."""
+        begun = time.perf_counter()
+        name = self._name(kind, program, shape)
+        found = kept.load(self._directory, name, program.mesh) if name else None
+        if found is None:
+            return None
+        self._read.append(name)
+        return _Made(found, time.perf_counter() - begun, True)
+
+
+class _Made(NamedTuple):
+    """A program, the seconds that it took, and whether an earlier start had kept it."""
+
+    program: Any
+    seconds: float
+    read: bool
+
+
+def _told(stage: StageConfig, made: list[_Made]) -> str:
+    seconds = sum(one.seconds for one in made)
+    if all(one.read for one in made):
+        return f"read the programs of stage {stage.name}, kept by an earlier start, in {seconds:.1f} s"
+    return f"compiled stage {stage.name} in {seconds:.1f} s"
+
+
+def _lower(kind: str, program: setup.Program, shape: StageConfig | None) -> Any:
+    if shape is None:
+        return program.drawing.lower()
+    return (setup.lower_train_step if kind == "train" else setup.lower_eval_step)(program, shape)
 
 
 def _no_epochs(length: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -98,10 +99,12 @@ def train(
     if from_step is not None:
         processes.on_primary(read_meta, workdir, from_step)
     processes.on_primary(resume.check_identity, workdir, {"config": resume.identity(config)}, allow_change, from_step)
-    use_compilation_cache(config, workdir)
+    programs = use_compilation_cache(config, workdir)
 
-    with Compiler(mesh, processes.on_primary(_expected_step, workdir) if from_step is None else from_step) as compiler:
+    first_step = processes.on_primary(_expected_step, workdir) if from_step is None else from_step
+    with Compiler(mesh, first_step, programs) as compiler:
         compiler.start_early(config)
+        gc.enable()  # a command may have kept it off until here
         corpus = open_run_corpus(config, workdir)
         config = with_vocabulary(config, corpus.vocab_size)
         compiler.start(config)
@@ -225,7 +228,7 @@ class _Session:
             if found is not None:
                 return found
             break
-        state = self.program.init()
+        state = self.compiler.draw()
         if self.initial is not None:
             self.say(f"parameters from {self.initial.label}")
             state = state | {"params": self.initial.place(state["params"])}

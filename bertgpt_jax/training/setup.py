@@ -62,14 +62,18 @@ class Program:
         model: Linen module.
         objective: config object with the loss.
         abstract_state: `ShapeDtypeStruct`s with shardings, as a restore wants them.
-        init: () -> fresh sharded state.
+        drawing: jitted () -> fresh sharded state.
     """
 
     config: RunConfig
     mesh: Mesh
     model: Any
     abstract_state: PyTree
-    init: Callable[[], PyTree]
+    drawing: Any
+
+    def init(self) -> PyTree:
+        """A fresh state."""
+        return self.drawing()
 
     @property
     def parameters(self) -> int:
@@ -205,21 +209,24 @@ def make_program(config: RunConfig, mesh: Mesh, guessed: bool = False) -> Progra
         batch = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), rows)
         return plain.init(jax.random.key(config.seed), *config.objective.model_inputs(batch))["params"]
 
-    def init() -> PyTree:
-        return init_state(sharding.unboxed(init_params()), first.optimizer.build())
+    def begin(params: PyTree) -> PyTree:
+        return init_state(sharding.unboxed(params), first.optimizer.build())
 
-    where = sharding.parameter_shardings(jax.eval_shape(init_params), mesh, config.execution.mesh.logical_axes())
-    abstract = jax.eval_shape(init)
+    params = jax.eval_shape(init_params)
+    where = sharding.parameter_shardings(params, mesh, config.execution.mesh.logical_axes())
+    abstract = jax.eval_shape(begin, params)
     if not guessed:
         warn_fp8(compute, sum(leaf.size for leaf in jax.tree.leaves(abstract["params"])))
     lies = state_shardings(config, abstract, where, mesh)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, lies)
-    return Program(config, mesh, model, abstract, lambda: sharding.sharded_init(init, lies))
+    return Program(config, mesh, model, abstract, jax.jit(lambda: begin(init_params()), out_shardings=lies))
 
 
 def stage_state(program: Program, stage: StageConfig) -> PyTree:
     """The abstract state in a stage: its optimizer's, where that differs from the first stage's."""
     abstract = program.abstract_state
+    if stage.optimizer.state_kind == program.config.stages[0].optimizer.state_kind:
+        return abstract
     params = jax.tree.map(lambda x: x.sharding, abstract["params"])
     mine = jax.eval_shape(lambda p: init_state(p, stage.optimizer.build()), abstract["params"])
     lies = state_shardings(program.config, mine, params, program.mesh)

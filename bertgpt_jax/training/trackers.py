@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 from collections.abc import Mapping
@@ -37,35 +38,37 @@ class Tracker(Protocol):
 class TensorBoard:
     """Event files in a local workdir; events of later steps of a killed run are hidden, as its rows are dropped.
 
-    A thread of its own writes them: importing tensorboardX imports torch where that is installed, for seconds.
+    A thread of its own writes them, and begins with the first row: importing tensorboardX imports torch where that is
+    installed, for seconds, which no first step should share its processors with.
     """
 
     def __init__(self, workdir: epath.Path, restored_step: int | None):
         self._thread = ThreadPoolExecutor(1, "tensorboard")
-        purge = None if restored_step is None else restored_step + 1
-        self._writer = self._thread.submit(_event_writer, str(workdir), purge)
-        self._last: Future[None] = self._writer
+        self._directory = str(workdir)
+        self._purge_step = None if restored_step is None else restored_step + 1
+        self._last: Future[None] | None = None
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Raises what went wrong with values before."""
-        if self._last.done():
+        if self._last is not None and self._last.done():
             self._last.result()
         self._last = self._thread.submit(self._add, step, dict(values))
 
+    @functools.cached_property
+    def _writer(self) -> Any:
+        from tensorboardX import SummaryWriter
+
+        return SummaryWriter(logdir=self._directory, purge_step=self._purge_step)
+
     def _add(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
-            self._writer.result().add_scalar(name, value, step)
+            self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
         self._thread.shutdown()
-        self._writer.result().close()
-        self._last.result()
-
-
-def _event_writer(directory: str, purge_step: int | None) -> Any:
-    from tensorboardX import SummaryWriter
-
-    return SummaryWriter(logdir=directory, purge_step=purge_step)
+        if self._last is not None:
+            self._last.result()
+            self._writer.close()
 
 
 class WeightsAndBiases:

@@ -43,15 +43,18 @@ def open_run_corpus(config: RunConfig, workdir: epath.Path) -> CorpusReader | Co
     return corpus
 
 
-def use_compilation_cache(config: RunConfig, workdir: epath.Path) -> None:
+def use_compilation_cache(config: RunConfig, workdir: epath.Path) -> Path | None:
     """Keeps compiled programs beside a local workdir, or where the config says; directories of ours are private.
 
     `auto` leaves a directory that jax was told of (JAX_COMPILATION_CACHE_DIR) as it is.
+
+    Returns:
+        where whole programs of this run may lie (`kept`): in a local directory of ours, if jax may use it.
     """
     where = config.execution.compilation_cache
     chosen = where not in ("auto", "off")
     if where == "off" or not chosen and (jax.config.jax_compilation_cache_dir or not storage.is_local(workdir)):
-        return
+        return None
     path = storage.workdir_path(where) if chosen else epath.Path(Path(workdir).parent / ".compiled")
     if storage.is_local(path):
         path = Path(path)  # epath has no mode
@@ -60,9 +63,10 @@ def use_compilation_cache(config: RunConfig, workdir: epath.Path) -> None:
         except OSError as error:  # a run does not need it, unless it was asked for
             if chosen:
                 raise StorageError(f"execution.compilation_cache = '{where}' cannot be made: {error}") from None
-            return
+            return None
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    return path / "programs" if isinstance(path, Path) and jax.config.jax_enable_compilation_cache else None
 
 
 def write_description(

@@ -145,7 +145,7 @@ def _writes(path: Path) -> list[str]:
 
 def _beside_the_workdir(line: str) -> bool:
     """The cache of compiled programs is a local directory beside the workdir, private to the user."""
-    return line.startswith("workdir.py:") and line.endswith(": path.mkdir")
+    return line.startswith("kept.py:") or line.startswith("workdir.py:") and line.endswith(": path.mkdir")
 
 
 def test_only_storage_writes_into_the_workdir(repository: Path) -> None:

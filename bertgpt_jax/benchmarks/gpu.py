@@ -21,7 +21,7 @@ from bertgpt_jax.benchmarks.ceilings import Settings as Ceilings
 from bertgpt_jax.benchmarks.gpu_cases import Trial
 from bertgpt_jax.benchmarks.harness import Result, Row
 from bertgpt_jax.benchmarks.processes import started
-from bertgpt_jax.config import Config
+from bertgpt_jax.config import Config, build
 
 BENCHMARK = "import sys; from bertgpt_jax.commands.benchmark import main; sys.exit(main(sys.argv[1:]))"
 """What `python -c` runs for `tools/benchmark.py`."""
@@ -78,15 +78,19 @@ def run(settings: Settings) -> Result:
 
 def plan(settings: Settings, left: float) -> list[Part]:
     """The parts, with what they may take of the seconds that are left; some are kept for the ablation."""
-    trial = {} if settings.trial.is_full else {"trial": settings.trial}
+    trial = {} if settings.trial.is_full else {"trial": settings.trial.model_dump()}
     ablation = 60 * settings.ablation.minutes + START
     step_minutes = min(settings.step.minutes, max(left - START - ablation - LONGEST, 1.0) / 60)
     ablation_minutes = min(settings.ablation.minutes, max(left - START - LONGEST, 1.0) / 60)
+
+    def within(part: Config, minutes: float) -> Config:
+        return build(type(part), part.model_dump() | {"minutes": minutes} | trial, "gpu")
+
     return [
         Part("gpu_checks", settings.checks, START),
         Part("ceilings", settings.ceilings, START),
-        Part("gpu_step", settings.step.model_copy(update={"minutes": step_minutes, **trial}), START + LONGEST),
-        Part("gpu_ablation", settings.ablation.model_copy(update={"minutes": ablation_minutes, **trial}), START + 30),
+        Part("gpu_step", within(settings.step, step_minutes), START + LONGEST),
+        Part("gpu_ablation", within(settings.ablation, ablation_minutes), START + 30),
     ]
 
 

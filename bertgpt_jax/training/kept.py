@@ -2,7 +2,7 @@
 
 jax's own cache is asked with a traced program, so it spares no tracing. Here programs lie under all that they are made
 of: the config, the mesh, the code of this package, the versions of all others, what sets XLA. A program of something
-that changed is not found; one that cannot be read is made anew.
+that changed is not found; one that cannot be read is made anew. They are code, and lie where nobody else may write.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import pickle
 import platform
 import sys
 import threading
+import zipfile
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -33,6 +34,9 @@ _SWITCHES = ("XLA_", "LIBTPU_", "TPU_", "CUDA_", "CUDNN_", "CUBLAS_", "NVIDIA_",
 
 MOST = 64
 """Programs that a directory holds; those that were read last stay."""
+
+_PROGRAM = "program"
+"""What there is in a file: jax's form of a program (pickled, and machine code anyway) and of the trees around it."""
 
 _FOUND = "/jax/compilation_cache/cache_hits"
 """What jax says when its cache has a program."""
@@ -122,7 +126,9 @@ def load(directory: Path, name: str, mesh: Mesh) -> Any | None:
     """The program of that name, ready to be called; None where there is none that can be read."""
     file, devices = directory / name, list(mesh.devices.flat)
     try:
-        program = serialize_executable.deserialize_and_load(*pickle.loads(file.read_bytes()), execution_devices=devices)
+        with zipfile.ZipFile(file) as archive:  # it sees flipped bits
+            parts = pickle.loads(archive.read(_PROGRAM))
+        program = serialize_executable.deserialize_and_load(*parts, execution_devices=devices)
         os.utime(file)
         return program
     except FileNotFoundError:
@@ -136,7 +142,8 @@ def save(directory: Path, name: str, program: Any) -> None:
     part = directory / f"{name}.{os.getpid()}"
     try:
         directory.mkdir(mode=0o700, exist_ok=True)
-        part.write_bytes(pickle.dumps(serialize_executable.serialize(program)))
+        with zipfile.ZipFile(part, "w") as archive:
+            archive.writestr(_PROGRAM, pickle.dumps(serialize_executable.serialize(program)))
         part.replace(directory / name)
         for old in sorted(directory.iterdir(), key=lambda file: -file.stat().st_mtime)[MOST:]:
             old.unlink()

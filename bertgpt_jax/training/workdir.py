@@ -49,7 +49,8 @@ def use_compilation_cache(config: RunConfig, workdir: epath.Path) -> Path | None
     `auto` leaves a directory that jax was told of (JAX_COMPILATION_CACHE_DIR) as it is.
 
     Returns:
-        where whole programs of this run may lie (`kept`): in a local directory of ours, if jax may use it.
+        where whole programs of this run may lie (`kept`): in a local directory that nobody else may write, if jax may
+        use it. They are run as they are read.
     """
     where = config.execution.compilation_cache
     chosen = where not in ("auto", "off")
@@ -66,7 +67,14 @@ def use_compilation_cache(config: RunConfig, workdir: epath.Path) -> Path | None
             return None
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    return path / "programs" if isinstance(path, Path) and jax.config.jax_enable_compilation_cache else None
+    mine = isinstance(path, Path) and _is_mine(path)
+    return path / "programs" if mine and jax.config.jax_enable_compilation_cache else None
+
+
+def _is_mine(directory: Path) -> bool:
+    """Whether a directory belongs to this user and nobody else may write into it."""
+    found = directory.stat()
+    return hasattr(os, "getuid") and found.st_uid == os.getuid() and not found.st_mode & 0o022
 
 
 def write_description(

@@ -154,7 +154,16 @@ def test_a_program_comes_back(tmp_path: Path) -> None:
         found(jnp.arange(5.0))
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"no pickle"])
+def flipped(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"something else", flipped],
+    ids=["torn", "empty", "foreign", "flipped"],
+)
 def test_what_cannot_be_read_is_as_if_it_were_not_there(damage: Any, tmp_path: Path) -> None:
     assert kept.load(tmp_path, "a", mesh()) is None
     kept.save(tmp_path, "a", doubling().compile())

@@ -54,3 +54,17 @@ def test_a_remote_workdir_and_off_have_none(tmp_path: Path) -> None:
 def test_a_directory_that_cannot_be_made_stops_no_run_that_did_not_ask_for_it(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert chosen(tmp_path / "file" / "run") is None
+
+
+def programs(directory: Path) -> Path | None:
+    config = load_config(TINY, RunConfig, [f"execution.compilation_cache={directory}"])
+    return use_compilation_cache(config, epath.Path(str(directory.parent / "run")))
+
+
+def test_whole_programs_lie_only_where_nobody_else_may_write(tmp_path: Path, with_the_cache: None) -> None:
+    assert programs(tmp_path / "mine") == tmp_path / "mine" / "programs"
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours").chmod(0o775)
+    assert programs(tmp_path / "ours") is None and jax.config.jax_compilation_cache_dir == str(tmp_path / "ours")
+    jax.config.update("jax_enable_compilation_cache", False)  # as on meshes that may read no program
+    assert programs(tmp_path / "mine") is None

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import platform
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -221,9 +222,9 @@ class Checkpoints:
 
     # ------------------------------------------------------------ restore
 
-    def restore_latest_valid(self, abstract: Any) -> tuple[Any, dict[str, Any]] | None:
+    def restore_latest_valid(self, abstract_at: Callable[[int], Any]) -> tuple[Any, dict[str, Any]] | None:
         """See `restore.restore_latest_valid`; what it set aside is forgotten here too."""
-        found = restoring.restore_latest_valid(self.workdir, abstract)
+        found = restoring.restore_latest_valid(self.workdir, abstract_at)
         self._scores = self._read_scores()
         return found
 

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,19 +48,22 @@ def restore(
         raise DataError(f"the checkpoint of step {meta['step']} in '{workdir}' is damaged: {error}") from error
 
 
-def restore_latest_valid(workdir: epath.Path, abstract: Any) -> tuple[Any, dict[str, Any]] | None:
+def restore_latest_valid(workdir: epath.Path, abstract_at: Callable[[int], Any]) -> tuple[Any, dict[str, Any]] | None:
     """Restores the newest undamaged checkpoint; None if no save of this workdir was ever committed.
+
+    `abstract_at(step)` is what the state of a step is to be like: stages may have different moments.
 
     Damaged newer ones are set aside (`bad.<step>.<time>`) and what interrupted saves left is removed, both only after
     an undamaged checkpoint was found. With several processes, all of them must call this.
 
     Raises:
         DataError: all are damaged (nothing on disk was changed), or one was written by a newer version.
-        ConfigError: the newest undamaged one's leaves differ from `abstract`; the message lists them.
+        ConfigError: the newest undamaged one's leaves differ from what they are to be; the message lists them.
     """
     listed = processes.on_primary(_survey, workdir)
     damaged: list[tuple[int, str]] = listed["damaged"]
     for meta in listed["metas"]:
+        abstract = abstract_at(meta["step"])
         _compare(workdir, meta, abstract, partial=False)
         try:
             state = _read(workdir, meta, abstract, partial=False)

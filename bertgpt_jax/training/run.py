@@ -215,24 +215,20 @@ class _Session:
     def _start_state(self) -> tuple[PyTree, dict[str, Any] | None]:
         """Restore policy: 1 the checkpoint asked for; 2 the workdir's newest valid one; 3 `init_from`; 4 fresh."""
         if self.from_step is not None:
-            stage = next((s for s in self.stages if self.from_step <= s.stop), self.stages[-1])
-            return self.checkpoints.rewind(setup.stage_state(self.program, stage.config), self.from_step)
-        for stage in reversed(self.stages):  # the newest checkpoint may be of a stage with other moments
-            kind = stage.config.optimizer.state_kind
-            if any(other.config.optimizer.state_kind != kind for other in self.stages):
-                latest = self.checkpoints.latest()
-                if latest is None or not stage.start < latest <= stage.stop:
-                    continue
-            abstract = setup.stage_state(self.program, stage.config)
-            found = self.checkpoints.restore_latest_valid(abstract)
-            if found is not None:
-                return found
-            break
+            return self.checkpoints.rewind(self._abstract_at(self.from_step), self.from_step)
+        found = self.checkpoints.restore_latest_valid(self._abstract_at)
+        if found is not None:
+            return found
         state = self.compiler.draw()
         if self.initial is not None:
             self.say(f"parameters from {self.initial.label}")
             state = state | {"params": self.initial.place(state["params"])}
         return state, None
+
+    def _abstract_at(self, step: int) -> PyTree:
+        """The abstract state of a checkpoint of that step: that of the stage which ends there, if one does."""
+        stage = next((stage for stage in self.stages if step <= stage.stop), self.stages[-1])
+        return setup.stage_state(self.program, stage.config)
 
     def _shape_at(self, step: int) -> StageConfig:
         """The stage of a step, with the shape of its batch there."""

@@ -214,7 +214,7 @@ def test_any_file_damaged_falls_back_or_restores_the_same_bits(
     for name, data in pristine.items():
         _damage(newest / name, how)
         caplog.clear()
-        state, meta = restore_latest_valid(epath.Path(workdir), wanted)
+        state, meta = restore_latest_valid(epath.Path(workdir), lambda _: wanted)
         assert state_fingerprint(state) == expected[meta["step"]], name
         assert not [record for record in caplog.records if record.name == "asyncio"], name
         if meta["step"] == 2:
@@ -245,7 +245,7 @@ def test_oddities_in_the_directory_are_not_taken_for_checkpoints(
     (root / "20").write_text("a file")
     (root / "30").symlink_to(root / "30")
     (root / "007").mkdir()
-    state, meta = restore_latest_valid(epath.Path(workdir), wanted)
+    state, meta = restore_latest_valid(epath.Path(workdir), lambda _: wanted)
     assert meta["step"] == 3
     assert "step 10 is set aside" in caplog.text and "saved as step 2" in caplog.text
     assert "step 5 was not committed" in caplog.text and "step 4 was not committed" in caplog.text
@@ -258,16 +258,16 @@ def test_all_damaged_is_an_error_and_nothing_is_touched(workdir: Path, wanted: A
         (workdir / "checkpoints" / str(step) / "meta.json").write_text("{")
     before = _tree(workdir)
     with pytest.raises(DataError, match="every checkpoint .*step 3: meta.json is torn.*step 1") as caught:
-        restore_latest_valid(epath.Path(workdir), wanted)
+        restore_latest_valid(epath.Path(workdir), lambda _: wanted)
     assert caught.value.exit_code == 65 and "\n" not in str(caught.value)
     assert _tree(workdir) == before
 
 
 def test_a_fresh_or_only_interrupted_workdir_starts_anew(tmp_path: Path, wanted: Any, caplog: Any) -> None:
-    assert restore_latest_valid(epath.Path(tmp_path / "nothing"), wanted) is None
+    assert restore_latest_valid(epath.Path(tmp_path / "nothing"), lambda _: wanted) is None
     assert not (tmp_path / "nothing").exists()
     (tmp_path / "checkpoints" / "5" / "state").mkdir(parents=True)
-    assert restore_latest_valid(epath.Path(tmp_path), wanted) is None
+    assert restore_latest_valid(epath.Path(tmp_path), lambda _: wanted) is None
     assert "step 5 was not committed" in caplog.text
     _save(tmp_path, {5: 1.0})
     assert list_steps(epath.Path(tmp_path)) == [5]
@@ -282,7 +282,7 @@ def test_altered_and_newer_meta(workdir: Path, wanted: Any) -> None:
     assert read_meta(epath.Path(workdir))["step"] == 2
     path.write_text(good.replace('"format_version": 1', '"format_version": 2'))
     with pytest.raises(DataError, match="format_version 2"):
-        restore_latest_valid(epath.Path(workdir), wanted)
+        restore_latest_valid(epath.Path(workdir), lambda _: wanted)
 
 
 # ---------------------------------------------------------------- bad requests
@@ -306,7 +306,7 @@ def test_another_architecture_dtype_or_optimizer_lists_the_leaves(saved: Path, w
     before = _tree(saved)
     wide = _abstract(_state(0, _mesh(4, 2), width=32))
     with pytest.raises(ConfigError) as caught:
-        restore_latest_valid(epath.Path(saved), wide)
+        restore_latest_valid(epath.Path(saved), lambda _: wide)
     assert "params/layers/w: float32[8,16] saved, float32[8,32] wanted" in str(caught.value)
     assert "3 of 5 leaves differ" in str(caught.value) and "\n" not in str(caught.value)
 
@@ -460,7 +460,7 @@ def test_save_and_fall_back_where_neither_append_nor_rename_works(
     _save(tmp_path, {1: 1.0, 2: 2.0, 3: 3.0}, keep=2)
     assert list_steps(epath.Path(tmp_path)) == [1, 2, 3]
     (tmp_path / "checkpoints" / "3" / "state" / "manifest.ocdbt").unlink()
-    _, meta = restore_latest_valid(epath.Path(tmp_path), wanted)
+    _, meta = restore_latest_valid(epath.Path(tmp_path), lambda _: wanted)
     assert meta["step"] == 2 and list_steps(epath.Path(tmp_path)) == [1, 2]
     assert len(list((tmp_path / "checkpoints").glob("bad.3.*"))) == 1
     assert not list(tmp_path.rglob("*tmp*"))
@@ -493,7 +493,7 @@ def test_a_bucket_that_orbax_cannot_write(bucket: epath.Path, wanted: Any) -> No
     checkpoints.close()
     assert list_steps(bucket) == [3]
     storage.write_bytes(bucket / "checkpoints" / "9" / "state" / "half", b"of a save")
-    found = restore_latest_valid(bucket, wanted)
+    found = restore_latest_valid(bucket, lambda _: wanted)
     assert found is not None and found[1]["step"] == 3
     assert state_fingerprint(found[0]) == state_fingerprint(_state(3, _mesh(4, 2)))
     assert storage.list_names(bucket / "checkpoints") == ["3"]
@@ -526,7 +526,7 @@ def test_killed_while_saving_and_deleting(delay: float, tmp_path: Path, reposito
         time.sleep(delay)
         child.kill()
     leaf = jax.ShapeDtypeStruct((1024, 1024), "float32", sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
-    found = restore_latest_valid(epath.Path(tmp_path), {f"w{i}": leaf for i in range(8)})
+    found = restore_latest_valid(epath.Path(tmp_path), lambda _: {f"w{i}": leaf for i in range(8)})
     assert found is not None and found[1]["step"] >= 3
     assert files.all_steps(epath.Path(tmp_path)) == list_steps(epath.Path(tmp_path))
     assert not list((tmp_path / "checkpoints").glob("bad.*"))

@@ -201,7 +201,10 @@ ADAFACTOR = ('{"kind": "adafactor"}', '{"kind": "adafactor", "momentum": 0.9}')
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizers", [ADAMW, pytest.param(ADAFACTOR, marks=pytest.mark.long)], ids=["adamw", "ada"])
 def test_stages_with_other_moments(config: Path, optimizers: tuple[str, str], capsys: pytest.CaptureFixture) -> None:
-    """A run that is taken up in its first stage, and at its boundary, finds each stage's own state."""
+    """A run that is taken up in its first stage, and at its boundary, finds each stage's own state.
+
+    Also where the newest checkpoint, of another stage, is damaged.
+    """
     tree = json.loads(config.read_text())
     (stage,) = tree["stages"]
     first, second = (
@@ -217,10 +220,12 @@ def test_stages_with_other_moments(config: Path, optimizers: tuple[str, str], ca
     call = [str(config.parent / f"{name}.json"), "--workdir", str(workdir)]
     assert main(call) == 0
     metrics, end = (workdir / "metrics.jsonl").read_bytes(), status(config, name)["state_fingerprint"]
-    for last in (4, 2):
+    for last, damaged in ((4, None), (2, None), (4, 6), (2, 4)):
         for path in (workdir / "checkpoints").iterdir():
-            if int(path.name) > last:
+            if not path.name.isdigit() or int(path.name) > (damaged or last):
                 shutil.rmtree(path)
+        if damaged:
+            (workdir / "checkpoints" / str(damaged) / "state" / "manifest.ocdbt").unlink()
         capsys.readouterr()
         assert main(call) == 0
         assert f"resumed at step {last}" in capsys.readouterr().out

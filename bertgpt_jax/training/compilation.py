@@ -50,7 +50,7 @@ class Compiler:
         # Processes that compile together may wait for one another in the compiler: what one begins, all finish.
         self._alone = jax.process_count() == 1
         self._directory = directory if self._alone else None
-        self._drawing: _Made | None = None
+        self._drawn: Future[PyTree | None] | None = None
         self._read: list[str] = []
 
     def __enter__(self) -> Compiler:
@@ -96,7 +96,8 @@ class Compiler:
             self._give_up()
             self._thread = ThreadPoolExecutor(1, "compiler")
         self.program = setup.make_program(config, self._mesh, guessed)
-        self._drawing = self._kept("state", self.program, None) if self.first_step == 0 else None  # it runs first
+        if self.first_step == 0 and not guessed:
+            self._drawn = self._thread.submit(self._draw_at_once, self.program)
         for first, stage in self._stages():
             if self.first_step < first + stage.steps:
                 for shape in dict.fromkeys(self._shapes(stage, self.first_step - first).values()):
@@ -108,14 +109,21 @@ class Compiler:
         """Lets go of all that was begun; of one program the compiler itself may still be at work."""
         self._thread.shutdown(wait=False, cancel_futures=True)
         self._tasks.clear()
+        self._drawn = None
         if self._alone:
             self._given_up.set()
             self._given_up = threading.Event()
 
     def draw(self) -> PyTree:
         """A fresh state; its program is made in the caller's thread, beside the others."""
-        made = self._drawing or self._make("state", self.program, None, self._given_up)
-        return made.program()
+        drawn, self._drawn = self._drawn, None  # whoever gets it gives it to the first step
+        state = drawn.result() if drawn else None
+        return self._make("state", self.program, None, self._given_up).program() if state is None else state
+
+    def _draw_at_once(self, program: setup.Program) -> PyTree | None:
+        """A fresh state, where an earlier start kept its program: it is drawn while the other programs are read."""
+        made = self._kept("state", program, None)
+        return made and made.program()
 
     def steps(self, step: int, say: Callable[[str], None]) -> list[Compiled]:
         """Waits for everything that a run going on at `step` needs, so that no later shape can fail after days.

@@ -129,6 +129,7 @@ def load(directory: Path, name: str, mesh: Mesh) -> Any | None:
         with zipfile.ZipFile(file) as archive:  # it sees flipped bits
             parts = pickle.loads(archive.read(_PROGRAM))
         program = serialize_executable.deserialize_and_load(*parts, execution_devices=devices)
+        program.memory_analysis()  # a run asks for it
         os.utime(file)
         return program
     except FileNotFoundError:
@@ -138,9 +139,14 @@ def load(directory: Path, name: str, mesh: Mesh) -> Any | None:
 
 
 def save(directory: Path, name: str, program: Any) -> None:
-    """Keeps a program, if it can be written; whoever reads meanwhile finds it whole or not at all."""
+    """Keeps a program, if it can be written; whoever reads meanwhile finds it whole or not at all.
+
+    One that was discarded is not kept again.
+    """
     part = directory / f"{name}.{os.getpid()}"
     try:
+        if (directory / name).is_file() and (directory / name).stat().st_size == 0:
+            return
         directory.mkdir(mode=0o700, exist_ok=True)
         with zipfile.ZipFile(part, "w") as archive:
             archive.writestr(_PROGRAM, pickle.dumps(serialize_executable.serialize(program)))
@@ -153,7 +159,7 @@ def save(directory: Path, name: str, program: Any) -> None:
 
 
 def discard(directory: Path, names: Iterable[str]) -> None:
-    """Forgets programs, for after a failure that may be theirs."""
+    """Empties the files of programs, for after a failure that may be theirs: starts compile them from now on."""
     for name in names:
         with contextlib.suppress(OSError):
-            (directory / name).unlink()
+            (directory / name).write_bytes(b"")

@@ -22,8 +22,8 @@ PLAIN = (
 EXACT = 0.1
 """Per cent of the held-out loss by which what only reorders sums may move any seed's: what roundings grow to.
 
-In the 150 steps that the GPT is given. In 500 of them they grew to 0.27% (ZeRO-1, microbatches, packed rows), where seeds
-are 0.58% apart.
+In the 150 steps that the GPT is given. In 500 of them they grew to 0.27% (ZeRO-1, microbatches, packed rows), where
+seeds are 0.58% apart.
 """
 HALF = 0.5
 """The same for bf16, of the mean over seeds; what is promised of it after 500 steps."""

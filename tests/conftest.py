@@ -79,6 +79,22 @@ def with_the_cache() -> Iterator[None]:
 
 
 @pytest.fixture
+def cache_untold() -> Iterator[None]:
+    """jax as if nobody had told it of a cache; as it was, afterwards."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+    before = {name: getattr(jax.config, name) for name in names}
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()  # jax looks at the setting once
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture
 def compiled_afresh(with_the_cache: None) -> None:
     """No program is read from the cache, as on meshes of CPUs that share sequences."""
     from bertgpt_jax.parallel.mesh import MeshConfig, make_mesh

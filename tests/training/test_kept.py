@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from bertgpt_jax.commands.train import main
 from bertgpt_jax.config import load_config
@@ -23,18 +22,7 @@ from bertgpt_jax.training.run_config import RunConfig, with_changes, with_vocabu
 
 TINY = str(Path(__file__).parent.parent / "faults" / "tiny.py")
 
-
-@pytest.fixture(autouse=True)
-def no_cache() -> Iterator[None]:
-    """jax as if nobody had told it of a cache; as it was, afterwards."""
-    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
-    before = {name: getattr(jax.config, name) for name in names}
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+pytestmark = pytest.mark.usefixtures("cache_untold")
 
 
 @pytest.fixture
@@ -193,7 +181,6 @@ def test_what_jax_had_in_its_cache_is_not_kept(tmp_path: Path) -> None:
     """Written once more, it has lost functions: it loads, and fails when it is called."""
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     assert [kept.compiled(doubling(0.25))[1] for _ in range(2)] == [True, False]
 
 

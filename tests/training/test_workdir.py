@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -15,16 +14,7 @@ from bertgpt_jax.training.workdir import use_compilation_cache
 
 TINY = str(Path(__file__).parent.parent / "faults" / "tiny.py")
 
-
-@pytest.fixture(autouse=True)
-def cache_settings() -> Iterator[None]:
-    """jax as if nobody had told it of a cache; as it was, afterwards."""
-    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
-    before = {name: getattr(jax.config, name) for name in names}
-    jax.config.update("jax_compilation_cache_dir", None)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
+pytestmark = pytest.mark.usefixtures("cache_untold")
 
 
 def chosen(workdir: str | Path, *changes: str) -> str | None:

@@ -105,8 +105,13 @@ def arrays(shape: str) -> list[tuple[str, int]]:
 
 def array_bytes(shape: str) -> list[int]:
     """Bytes of every array of a shape."""
-    widths = [(_BITS.get(dtype, int((re.search(r"\d+", dtype) or [0])[0])), n) for dtype, n in arrays(shape)]
-    return [n * bits // 8 for bits, n in widths]
+    return [elements * _bits(dtype) // 8 for dtype, elements in arrays(shape)]
+
+
+def _bits(dtype: str) -> int:
+    """Of one element: what its name says (`f32`, `s4`, `f8e4m3fn`), but for the names that do not."""
+    width = re.search(r"\d+", dtype)
+    return _BITS.get(dtype, int(width[0]) if width else 0)
 
 
 def shape_bytes(shape: str) -> int:

@@ -54,7 +54,8 @@ def step_bytes(compiled: Any) -> int | None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error is a device's or the host's refusal of memory."""
-    told = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    said = ("RESOURCE_EXHAUSTED", "Out of memory allocating")  # the latter by XLA for CPUs, as an INTERNAL error
+    told = isinstance(error, jax.errors.JaxRuntimeError) and any(words in str(error) for words in said)
     return told or isinstance(error, MemoryError)
 
 

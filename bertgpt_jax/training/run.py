@@ -330,7 +330,7 @@ class _Session:
             distributed.leave_alone(failure.exit_code if isinstance(failure, UserError) else 70)
         else:
             self.checkpoints.close()
-            self._status(step, reason, writer, state, message)
+            self._status(step, reason, writer, _made(state) if failure else state, message)
 
     def _finish(self, loop: Loop, writer: MetricWriter, begun: float) -> Finish:
         if not loop.stopped:
@@ -354,6 +354,14 @@ class _Session:
 
 def _has_row(workdir: epath.Path, step: int) -> bool:
     return any(row["step"] == step for row in read_rows(workdir))
+
+
+def _made(state: PyTree | None) -> PyTree | None:
+    """The state, or None if there was no memory to make it: then that is what failed, and is to be told."""
+    try:
+        return jax.block_until_ready(state)
+    except jax.errors.JaxRuntimeError:
+        return None
 
 
 def _usable_state(loop: Loop) -> PyTree | None:

@@ -74,8 +74,8 @@ def the_error(capsys: pytest.CaptureFixture) -> str:
     return line
 
 
-def train(config: Path, name: str) -> int:
-    return main([str(config), "--workdir", str(config.parent / name)])
+def train(config: Path, name: str, *overrides: str) -> int:
+    return main([str(config), "--workdir", str(config.parent / name), *overrides])
 
 
 @pytest.mark.slow
@@ -146,6 +146,15 @@ def test_memory_refused_while_a_step_runs(config: Path, monkeypatch: pytest.Monk
     assert train(config, "running") == 78
     error = the_error(capsys)
     assert "does not fit" in error and len(offers(error)) == 3
+
+
+def test_parameters_that_no_machine_holds(config: Path, capsys) -> None:
+    """Their state fails to be drawn while the step compiles: that is no reason to tell anything else."""
+    huge = ("model.hidden_size=262144", "model.num_heads=4096", "model.intermediate_size=1048576")
+    assert train(config, "huge", *huge) == 78
+    assert "does not fit" in the_error(capsys)
+    written = json.loads((config.parent / "huge" / "STATUS.json").read_text())
+    assert written["reason"] == "failed" and written["state_fingerprint"] is None
 
 
 def test_an_allocation_that_is_really_too_large(config: Path) -> None:

@@ -15,8 +15,9 @@ pytestmark = pytest.mark.timeout(600)
 def test_same_losses_and_batches_as_one_process(undisturbed: Run, disturbed: Run) -> None:
     ends = disturbed.pair({})
     assert [end.code for end in ends] == [0, 0], ends
-    said = [line for line in ends[1].out.splitlines() if not line.startswith("[Gloo]")]
-    assert said == [], "the first process alone talks"
+    # threads of gloo write their lines in pieces, which may mix
+    said = [line for line in ends[1].out.splitlines() if "[Gloo]" not in line and "peer ranks" not in line]
+    assert [line for line in said if line.strip()] == [], "the first process alone talks"
     assert disturbed.batches() == undisturbed.batches()
     for ours, theirs in zip(disturbed.rows(), undisturbed.rows(), strict=True):
         assert ours.keys() == theirs.keys() and ours["step"] == theirs["step"]
